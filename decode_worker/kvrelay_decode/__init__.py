@@ -1,0 +1,1 @@
+"""The decode worker: receives KV blocks (or prefills locally) and writes answers."""

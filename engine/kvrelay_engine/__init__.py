@@ -1,0 +1,1 @@
+"""What is computed: models, weights, KV pool, block allocator, sampler, worker runtime."""

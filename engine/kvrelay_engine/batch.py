@@ -1,0 +1,54 @@
+"""What a scheduler hands to the engine for one step, and what comes back.
+
+Three life stages of a step, three types: `Batch` is decided by a scheduler (no torch), `PreparedBatch`
+(in `runner`) holds its tensors, `StepResult` carries the sampled tokens back to the scheduler.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvrelay_protocol.sampling import SamplingParams
+
+LayersDone = Callable[[int, int], None]
+"""Called by the engine as `(first_layer, end_layer)` when the KV of those layers is written for every
+slice of the running step, while later layers have still to be computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """The part of one sequence that one step computes.
+
+    ```
+    positions   0 ............ start ........... start + len(tokens)
+                | KV in the pool | computed now  |
+                `------ block_table covers all of it, plus the rest of the last block
+    ```
+    """
+
+    sequence_id: int
+    tokens: tuple[int, ...]
+    """Token ids to compute, at positions `start ... start + len(tokens) - 1`; never empty."""
+    start: int
+    block_table: tuple[int, ...]
+    """Physical block of each logical block; the block of position p is `block_table[p // block_size]`."""
+    sampling: SamplingParams | None
+    """None: more of the prompt follows, nothing is sampled. Otherwise one token is sampled for the
+    position `start + len(tokens)`, with that position as the sampler's counter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: slices of distinct sequences, prompt chunks and single decode tokens alike."""
+
+    slices: tuple[SequenceSlice, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.tokens) for s in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sampled token of every slice that asked for one, by sequence id."""
+
+    tokens: Mapping[int, int]

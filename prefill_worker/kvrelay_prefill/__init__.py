@@ -1,0 +1,1 @@
+"""The prefill worker: reads prompts and pushes their KV blocks to a decode worker."""

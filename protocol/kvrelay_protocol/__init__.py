@@ -1,0 +1,1 @@
+"""What is said between the processes: control messages, errors, trace context, model references."""

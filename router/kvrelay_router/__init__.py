@@ -1,0 +1,1 @@
+"""The HTTP front: tokenising, admission, placement, and the life of each request."""

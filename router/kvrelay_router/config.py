@@ -1,0 +1,42 @@
+"""The router process's settings: one frozen value, built once by the command."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Everything `kvrelay router` can be told."""
+
+    model_dir: Path
+    """Local folder with at least config.json and tokenizer.json."""
+    model_name: str
+    """The name clients use; `/v1/models` lists it."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 picks a free one."""
+    join_host: str = "127.0.0.1"
+    join_port: int = 8001
+    """Workers dial this (gRPC); 0 picks a free one."""
+    join_token: str = ""
+    """Workers must present it; empty accepts any."""
+    api_keys: tuple[str, ...] = ()
+    """Empty: no authentication."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_queue: int = 512
+    """Requests that may wait for a place; one more is refused with 429."""
+    queue_timeout_s: float = 30.0
+    """Longest wait for a place before 503."""
+    request_timeout_s: float = 600.0
+    """Deadline of a request that names none."""
+    replay_wait_s: float = 2.0
+    """After a worker died: longest wait for another one before the stream ends in `WorkerLost`."""
+    max_replays: int = 3
+    lease_s: float = 10.0
+    heartbeat_s: float = 0.5
+    drain_grace_s: float = 30.0
+    local_prefill_max_tokens: int = 0
+    """Prompts with at most this many uncached tokens are prefilled on the decode worker."""
+    log_requests: bool = False

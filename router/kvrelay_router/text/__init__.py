@@ -1,0 +1,1 @@
+"""Text on both sides of the model: chat template, tokenizer, incremental detokenising, stop strings."""

@@ -1,0 +1,1 @@
+"""kvrelay: the Python client."""

@@ -1,0 +1,1 @@
+"""What is moved: KV transports, frames and digests, layout negotiation, leases."""
