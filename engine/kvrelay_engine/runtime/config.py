@@ -1,0 +1,40 @@
+"""A worker process's settings: one frozen value, built once by the command. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Everything `kvrelay prefill` and `kvrelay decode` can be told."""
+
+    name: str
+    """Unique among the workers of a router, e.g. `prefill-0`."""
+    model_dir: Path
+    model_name: str
+    router: str
+    """host:port of the router's join address."""
+    join_token: str = ""
+    device: str = "cpu"
+    """`cpu` or `cuda` or `cuda:N`; `auto` is resolved by the command before this is built."""
+    dtype: str = "auto"
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_blocks: int = 0
+    """KV pool size; 0 derives it from `kv_memory_bytes`."""
+    kv_memory_bytes: int = 256 * 1024 * 1024
+    max_model_len: int = 0
+    """Tokens of prompt plus answer; 0 takes the model's own limit."""
+    max_batch_tokens: int = 512
+    """Prompt tokens computed per step (the chunk of chunked prefill)."""
+    max_sequences: int = 256
+    """Sequences in one step."""
+    transport: str = "ucx"
+    threads: int = 0
+    """Intra-op threads of the engine; 0 leaves torch's choice within the cgroup's cores."""
+    staging_bytes: int = 4 * 1024 * 1024
+    """One staging buffer, and with it the largest transfer message."""
+    staging_buffers: int = 8
+    lease_s: float = 10.0
+    heartbeat_s: float = 0.5
+    drain_grace_s: float = 30.0
