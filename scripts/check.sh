@@ -1,0 +1,38 @@
+#!/bin/sh
+# Runs every check in sections, goes on after a failure, and ends with a summary.
+#   check.sh all     lint sections and pytest
+#   check.sh lint    without pytest
+set -u
+cd "$(dirname "$0")/.."
+bin=.venv/bin
+summary=""
+failed=0
+
+section() {
+    name=$1
+    shift
+    printf '\n=== %s\n' "$name"
+    began=$(date +%s)
+    if "$@"; then verdict=ok; else verdict=FAILED; failed=1; fi
+    summary="$summary$(printf '%-18s %-7s %4d s' "$name" "$verdict" "$(($(date +%s) - began))")
+"
+}
+
+# Tests start several processes on few cores, and compare results bit by bit: one thread each, on
+# purpose. OpenMP threads that spin for a core another process holds are slower than no threads.
+OMP_NUM_THREADS=${KVRELAY_TEST_THREADS:-1}
+MKL_NUM_THREADS=$OMP_NUM_THREADS
+export OMP_NUM_THREADS MKL_NUM_THREADS
+
+section "ruff check" $bin/ruff check .
+section "ruff format" $bin/ruff format --check .
+section "mypy" $bin/mypy
+section "import rules" $bin/lint-imports
+if [ "${1:-all}" = all ]; then
+    # PYTEST_ARGS is split into words on purpose.
+    # shellcheck disable=SC2086
+    section "pytest" $bin/python -m pytest ${PYTEST_ARGS:-}
+fi
+
+printf '\n=== summary\n%s' "$summary"
+exit $failed
