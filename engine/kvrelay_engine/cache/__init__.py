@@ -1,0 +1,1 @@
+"""The KV cache: the pool owns tensors, the allocator owns indices."""

@@ -1,0 +1,1 @@
+"""Model descriptions, weights and the fused decoder of the Llama-shaped families."""

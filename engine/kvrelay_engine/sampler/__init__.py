@@ -1,0 +1,1 @@
+"""Counter-based sampling: a draw is a function of (seed, position, logits)."""
