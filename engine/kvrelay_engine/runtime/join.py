@@ -1,0 +1,128 @@
+"""The worker's end of `Fleet.Join`: dial, say hello, report, obey; dial again when the stream breaks."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+import grpc
+
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol import fleet_pb2_grpc as rpc
+from kvrelay_protocol.errors import StartupError, WireError, error_from_wire
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_MS = 1000
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+MAX_QUEUED = 65536
+"""Messages waiting for the router; a router that falls this far behind is treated as lost."""
+_CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class JoinHandler(Protocol):
+    """What a worker does with the stream. Called on the event loop's thread."""
+
+    def hello(self) -> pb.Hello:
+        """Who this worker is, at this moment."""
+
+    def heartbeat(self) -> pb.Load: ...
+
+    def handle(self, message: pb.RouterMessage) -> None:
+        """One message from the router; must not block."""
+
+    def disconnected(self) -> None:
+        """The router is gone, and with it every owner: drop all sequences and leases."""
+
+
+class JoinLink:
+    """Keeps one worker joined to one router. `send` never blocks; what can't be delivered is dropped
+    with the stream, since the router has then given up everything this worker ran.
+    """
+
+    def __init__(self, router: str, handler: JoinHandler, *, heartbeat_s: float) -> None:
+        self._router = router
+        self._handler = handler
+        self._heartbeat_s = heartbeat_s
+        self._outgoing: asyncio.Queue[pb.WorkerMessage] | None = None
+        self.joined = asyncio.Event()
+
+    def send(self, message: pb.WorkerMessage) -> None:
+        """Queue a message in order; dropped when no router is connected."""
+        if self._outgoing is None:
+            return
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            log.error("the router at %s does not read; treating it as lost", self._router)
+            self._outgoing = None
+
+    async def run(self, on_joined: Callable[[], None]) -> None:
+        """Stay joined until cancelled.
+
+        Raises:
+            StartupError: the router refused this worker; the message names what does not fit.
+        """
+        while True:
+            try:
+                await self._session(on_joined)
+                log.warning("the router at %s closed the stream; dialling again", self._router)
+            except grpc.aio.AioRpcError as error:
+                level = logging.WARNING if self.joined.is_set() else logging.DEBUG
+                log.log(level, "no stream to the router at %s: %s", self._router, error.code().name)
+            if self.joined.is_set():
+                self.joined.clear()
+                self._handler.disconnected()
+            await asyncio.sleep(0.2)
+
+    async def _session(self, on_joined: Callable[[], None]) -> None:
+        async with grpc.aio.insecure_channel(self._router, options=_CHANNEL_OPTIONS) as channel:
+            queue: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue(MAX_QUEUED)
+            queue.put_nowait(pb.WorkerMessage(hello=self._handler.hello()))
+            self._outgoing = queue
+            call = rpc.FleetStub(channel).Join(self._messages(queue))
+            heartbeat = asyncio.create_task(self._heartbeats())
+            try:
+                async for message in call:
+                    self._receive(message, on_joined)
+            finally:
+                self._outgoing = None
+                heartbeat.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await heartbeat
+                call.cancel()
+
+    def _receive(self, message: pb.RouterMessage, on_joined: Callable[[], None]) -> None:
+        match message.WhichOneof("message"):
+            case "welcome":
+                self._heartbeat_s = message.welcome.heartbeat_seconds or self._heartbeat_s
+                self.joined.set()
+                on_joined()
+            case "refused":
+                error = message.refused.error
+                reason = error_from_wire(WireError(error.code, error.message))
+                raise StartupError(f"the router at {self._router} refused: {reason.message}")
+            case _:
+                self._handler.handle(message)
+
+    async def _heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            if self.joined.is_set():
+                self.send(pb.WorkerMessage(heartbeat=pb.Heartbeat(load=self._handler.heartbeat())))
+
+    @staticmethod
+    async def _messages(queue: asyncio.Queue[pb.WorkerMessage]) -> AsyncIterator[pb.WorkerMessage]:
+        while True:
+            yield await queue.get()

@@ -1,0 +1,287 @@
+"""The life of one KV hand-over, on both sides, as pure state machines: no I/O, no clock.
+
+```
+prefill worker   COMPUTING ──open──► SENDING ──all sent──► SENT ──release──► RELEASED
+                     │                  │ ▲                 │
+                     │                  │ └────resend───────┘
+                     └──────────────────┴──────cancel───────────────────────► RELEASED
+
+decode worker    RESERVED ──posted──► RECEIVING ──complete──► READY ──run──► RUNNING ──► RELEASED
+                     │                    └───no progress───► EXPIRED            │
+                     └──────────────────── cancel ──────────────────────────────►┘
+```
+
+Messages of one transfer share one random tag and arrive in the order sent. The hand-over record comes
+last and names how many KV messages there are; the receiver asks for what is missing (a frame whose
+digest failed), gets it again followed by the record again, and is complete only on a record with
+nothing missing, so no message is left over for the next transfer.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from kvrelay_transfer.frames import HEADER_SIZE
+from kvrelay_transfer.layout import KvLayout, Piece, split
+
+MAX_RESENDS = 2
+"""Rounds of asking again before the receiver computes the prompt itself."""
+MAX_CORRUPT_FRAMES = 64
+"""Corrupt frames of one transfer before the link is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseId:
+    """What every frame must name to be let in. All of it is chosen by the decode worker."""
+
+    lease_id: bytes
+    """16 random bytes."""
+    epoch: int
+    """Incarnation of the decode worker."""
+    generation: int
+    """Allocation generation of the reserved blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLease:
+    """A granted lease, as the sender sees it."""
+
+    identity: LeaseId
+    tag: int
+    address: bytes
+    """Transport address of the receiver."""
+    peer_name: str
+    first_block: int
+    """Logical blocks before this one are at the receiver already."""
+    max_message_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvMessage:
+    """One message of blocks; `number` counts from 0 within the transfer."""
+
+    number: int
+    piece: Piece
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverMessage:
+    """The last message; `total` KV messages came before it."""
+
+    total: int
+
+
+Outgoing = KvMessage | HandoverMessage
+
+
+class SendState(StrEnum):
+    """Where the sender stands."""
+
+    COMPUTING = "computing"
+    SENDING = "sending"
+    SENT = "sent"
+    RELEASED = "released"
+
+
+@dataclass(slots=True)
+class SendLease:
+    """What a prefill worker has computed, sent and still owes for one sequence.
+
+    Args:
+        layout: of the blocks that are sent.
+    """
+
+    layout: KvLayout
+    state: SendState = SendState.COMPUTING
+    lease: OpenLease | None = None
+    _ready: deque[Piece] = field(default_factory=deque)
+    _resend: deque[KvMessage] = field(default_factory=deque)
+    _numbered: list[KvMessage] = field(default_factory=list)
+    _computed: bool = False
+    _handover_due: bool = False
+    _record_sent: bool = False
+
+    def ready(self, piece: Piece) -> None:
+        """KV of these layers of these blocks is written; joined to the piece before it if it can be."""
+        last = self._ready.pop() if self._ready else None
+        if last is not None and last.layer_start + last.layer_count == piece.layer_start:
+            same = (last.block_first, last.block_count) == (piece.block_first, piece.block_count)
+            if same:
+                layers = last.layer_count + piece.layer_count
+                piece = replace(last, layer_count=layers)
+                last = None
+        if last is not None:
+            self._ready.append(last)
+        self._ready.append(piece)
+
+    def open(self, lease: OpenLease) -> None:
+        """The decode worker granted the lease; a second grant is ignored."""
+        if self.lease is None and self.state is SendState.COMPUTING:
+            self.lease = lease
+            self.state = SendState.SENDING
+
+    def computed(self) -> None:
+        """The first token is sampled: no more segments will come."""
+        self._computed = True
+        self._handover_due = True
+
+    def resend(self, numbers: list[int]) -> None:
+        """The receiver misses these; unknown numbers are ignored, an empty list asks for the record only."""
+        if self.state not in (SendState.SENDING, SendState.SENT):
+            return
+        self._resend.extend(self._numbered[n] for n in numbers if 0 <= n < len(self._numbered))
+        if self._record_sent:
+            self._handover_due = True
+            self.state = SendState.SENDING
+
+    def release(self) -> None:
+        """Cancelled, or the receiver has everything: nothing more is owed."""
+        self.state = SendState.RELEASED
+        self._ready.clear()
+        self._resend.clear()
+
+    def next(self) -> Outgoing | None:
+        """The next message to send now, or None when there is nothing to send yet."""
+        if self.state is not SendState.SENDING or self.lease is None:
+            return None
+        if self._resend:
+            return self._resend.popleft()
+        piece = self._next_piece(self.lease)
+        if piece is not None:
+            message = KvMessage(len(self._numbered), piece)
+            self._numbered.append(message)
+            return message
+        if self._handover_due:
+            self._handover_due = False
+            self._record_sent = True
+            return HandoverMessage(len(self._numbered))
+        return None
+
+    def idle(self) -> None:
+        """Every message returned by `next` has been sent; SENT once the record was among them."""
+        nothing_due = not (self._ready or self._resend or self._handover_due)
+        if self.state is SendState.SENDING and self._computed and nothing_due:
+            self.state = SendState.SENT
+
+    def _next_piece(self, lease: OpenLease) -> Piece | None:
+        while self._ready:
+            head = self._ready.popleft()
+            end_block = head.block_first + head.block_count
+            pieces = split(
+                self.layout,
+                range(head.layer_start, head.layer_start + head.layer_count),
+                range(max(head.block_first, lease.first_block), end_block),
+                lease.max_message_bytes - HEADER_SIZE,
+            )
+            if pieces:
+                self._ready.extendleft(reversed(pieces[1:]))
+                return pieces[0]
+        return None
+
+
+class ReceiveState(StrEnum):
+    """Where the receiver stands."""
+
+    RESERVED = "reserved"
+    RECEIVING = "receiving"
+    READY = "ready"
+    RUNNING = "running"
+    RELEASED = "released"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Ask the sender for these again (none named: for the record, which tells what is missing)."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Asked often enough: compute the prompt here."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Everything is here and verified."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """Wait for the next message."""
+
+
+Verdict = Continue | Missing | Abandon | Complete
+
+
+@dataclass(slots=True)
+class ReceiveLease:
+    """What a decode worker holds for one sequence until it runs."""
+
+    identity: LeaseId
+    state: ReceiveState = ReceiveState.RESERVED
+    resends: int = 0
+    corrupt_frames: int = 0
+    record_in_doubt: bool = False
+    """A corrupt frame came and no record since: that frame may have been the record."""
+    _received: set[int] = field(default_factory=set)
+
+    def posted(self) -> None:
+        """The first receive is posted: the sender may begin."""
+        self._expect(ReceiveState.RESERVED)
+        self.state = ReceiveState.RECEIVING
+
+    def kv_message(self, number: int) -> Continue:
+        """Verified blocks number `number` are written to the pool; a repeat changes nothing."""
+        self._expect(ReceiveState.RECEIVING)
+        self._received.add(number)
+        return Continue()
+
+    def handover(self, total: int) -> Verdict:
+        """A verified record: `total` KV messages were sent."""
+        self._expect(ReceiveState.RECEIVING)
+        self.record_in_doubt = False
+        missing = tuple(n for n in range(total) if n not in self._received)
+        if not missing:
+            self.state = ReceiveState.READY
+            return Complete()
+        return self._ask(missing)
+
+    def corrupt(self) -> Verdict:
+        """A frame failed its checks. Which one it was shows when the record comes."""
+        self._expect(ReceiveState.RECEIVING)
+        self.corrupt_frames += 1
+        self.record_in_doubt = True
+        if self.corrupt_frames > MAX_CORRUPT_FRAMES:
+            return Abandon(f"{self.corrupt_frames} corrupt frames")
+        return Continue()
+
+    def quiet(self) -> Verdict:
+        """Nothing came for a while after a corrupt frame: it may have been the record."""
+        self._expect(ReceiveState.RECEIVING)
+        self.record_in_doubt = False
+        return self._ask(())
+
+    def run(self) -> None:
+        self._expect(ReceiveState.READY)
+        self.state = ReceiveState.RUNNING
+
+    def expire(self) -> None:
+        """No progress within the lease time."""
+        self.state = ReceiveState.EXPIRED
+
+    def release(self) -> None:
+        self.state = ReceiveState.RELEASED
+
+    def _ask(self, numbers: tuple[int, ...]) -> Verdict:
+        self.resends += 1
+        if self.resends > MAX_RESENDS:
+            return Abandon(f"{len(numbers)} messages still missing after {MAX_RESENDS} resends")
+        return Missing(numbers)
+
+    def _expect(self, state: ReceiveState) -> None:
+        if self.state is not state:
+            raise RuntimeError(f"lease is {self.state.value}, this needs {state.value}")
