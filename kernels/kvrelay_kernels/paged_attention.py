@@ -22,6 +22,11 @@ from torch.nn import functional
 
 from kvrelay_kernels.checks import check_dtype, check_shape
 
+_GATHER_BYTES = 256 << 20
+"""Bound on the gathered keys of one decode call, whatever the number and length of sequences."""
+_CPU_GATHER_BYTES = 2 << 20
+"""On a CPU the copy should stay in cache; larger ones cost a page fault every 4 KiB each time."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
@@ -111,13 +116,14 @@ def paged_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     decodes = layout.num_decodes
     if decodes:
-        out[:decodes] = _decode(
+        _decode(
             query[:decodes],
             key_cache,
             value_cache,
             layout,
             scale=scale,
             sliding_window=sliding_window,
+            out=out[:decodes],
         )
     row = decodes
     for index in range(decodes, len(layout.host_query_lens)):
@@ -143,14 +149,48 @@ def _decode(
     *,
     scale: float,
     sliding_window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """One query a sequence, in groups whose gathered keys stay within a fixed size."""
+    rows = query.shape[0]
+    _, block_size, kv_heads, head_dim = key_cache.shape
+    blocks = -(-max(layout.host_context_lens[:rows]) // block_size)
+    if sliding_window is not None:
+        blocks = min(blocks, _window_blocks(sliding_window, block_size))
+    row_bytes = blocks * block_size * kv_heads * head_dim * key_cache.itemsize
+    limit = _CPU_GATHER_BYTES if query.device.type == "cpu" else _GATHER_BYTES
+    step = max(1, limit // row_bytes)
+    for first in range(0, rows, step):
+        group = slice(first, min(first + step, rows))
+        out[group] = _decode_group(
+            query[group],
+            key_cache,
+            value_cache,
+            tables=layout.block_tables[group],
+            lengths=layout.context_lens[group],
+            longest=max(layout.host_context_lens[group]),
+            scale=scale,
+            sliding_window=sliding_window,
+        )
+
+
+def _decode_group(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    *,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    longest: int,
+    scale: float,
+    sliding_window: int | None,
 ) -> torch.Tensor:
-    """One query a sequence: gather the padded tables of all and attend in one call."""
+    """Gather the padded blocks of all rows and attend in one call."""
     rows, heads, head_dim = query.shape
     _, block_size, kv_heads, _ = key_cache.shape
-    longest = max(layout.host_context_lens[:rows])
     blocks = -(-longest // block_size)
-    tables = layout.block_tables[:rows, :blocks]
-    lengths = layout.context_lens[:rows].unsqueeze(1)
+    lengths = lengths.unsqueeze(1)
+    tables = tables[:, :blocks]
     position = torch.arange(blocks * block_size, device=query.device, dtype=torch.int32).unsqueeze(
         0
     )

@@ -22,6 +22,8 @@ from kvrelay_kernels.checks import check_dtype, check_shape
 
 _SCALE = float(1 << 40)
 _MAX_VOCABULARY = 1 << 22
+_CPU_GROUP_BYTES = 2 << 20
+"""On a CPU rows are taken in groups whose weights stay in cache."""
 _CANDIDATES = 256
 """Most rows find both thresholds among this many largest weights; the others sort all of them."""
 
@@ -77,6 +79,32 @@ def sample(
     check_dtype("top_k", top_k, torch.int64)
     if vocabulary > _MAX_VOCABULARY:
         raise ValueError(f"a vocabulary of {vocabulary} is above {_MAX_VOCABULARY}")
+    step = rows
+    if logits.device.type == "cpu":
+        step = max(1, _CPU_GROUP_BYTES // (8 * vocabulary))
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    for first in range(0, rows, step):
+        group = slice(first, first + step)
+        tokens[group] = _sample_group(
+            logits[group],
+            temperature=temperature[group],
+            top_k=top_k[group],
+            top_p=top_p[group],
+            min_p=min_p[group],
+            uniform=uniform[group],
+        )
+    return tokens
+
+
+def _sample_group(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
     wide = logits.double()
     exponent = (wide - wide.amax(-1, keepdim=True)) / temperature.unsqueeze(1)
     weights = (exponent.exp_() * _SCALE).long()

@@ -1,0 +1,159 @@
+"""The draw against a plain Python oracle, its filters, its frequencies and its independence of batches."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from kvrelay_kernels import sampling as op
+
+
+def params(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5):
+    def column(value):
+        return torch.as_tensor(value, dtype=torch.float64).expand(rows).clone()
+
+    return {
+        "temperature": column(temperature),
+        "top_k": torch.as_tensor(top_k).expand(rows).clone(),
+        "top_p": column(top_p),
+        "min_p": column(min_p),
+        "uniform": column(uniform),
+    }
+
+
+def oracle(logits, temperature, top_k, top_p, min_p, uniform):
+    """The module's definition with Python integers and fractions."""
+    top = max(logits)
+    weights = [int(math.exp((x - top) / temperature) * 2**40) for x in logits]
+    if 0 < top_k < len(weights):
+        limit = sorted(weights, reverse=True)[top_k - 1]
+        weights = [w if w >= limit else 0 for w in weights]
+    if top_p < 1:
+        limit = max(
+            t
+            for t in weights
+            if sum(w for w in weights if w >= t) >= Fraction(top_p) * sum(weights)
+        )
+        weights = [w if w >= limit else 0 for w in weights]
+    weights = [w if w >= min_p * 2**40 else 0 for w in weights]
+    target, running = int(uniform * sum(weights)), 0
+    for token, weight in enumerate(weights):
+        running += weight
+        if running > target:
+            return token
+    raise AssertionError("no token reached the target")
+
+
+def test_greedy_takes_the_lowest_of_equals():
+    logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, -1.0, 5.0], [-2.0, -1.0, -3.0]])
+    assert op.greedy(logits).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("candidates", [1, 3, 256])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_matches_the_oracle_with_other_parameters_in_every_row(scale, candidates, monkeypatch):
+    monkeypatch.setattr(op, "_CANDIDATES", candidates)
+    generator = torch.Generator().manual_seed(1)
+    rows, vocabulary = 200, 37
+    logits = torch.randn(rows, vocabulary, generator=generator) * scale
+
+    def pick(*values):
+        index = torch.randint(0, len(values), (rows,), generator=generator)
+        return torch.tensor(values)[index]
+
+    given = {
+        "temperature": pick(0.2, 0.7, 1.0, 2.0).double(),
+        "top_k": pick(0, 1, 2, 5, 36, 37, 1000),
+        "top_p": pick(0.05, 0.5, 0.9, 0.999, 1.0).double(),
+        "min_p": pick(0.0, 0.05, 0.5, 1.0).double(),
+        "uniform": torch.rand(rows, generator=generator, dtype=torch.float64),
+    }
+    drawn = op.sample(logits, **given).tolist()
+    expected = [
+        oracle(row.tolist(), *(given[name][index].item() for name in given))
+        for index, row in enumerate(logits.double())
+    ]
+    assert drawn == expected
+
+
+def test_a_row_is_the_same_alone_and_in_any_batch(monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(9, 1003, generator=generator) * 2
+    given = params(9, temperature=0.8, top_p=0.95, uniform=torch.rand(9, generator=generator))
+    given["top_k"] = torch.tensor([0, 50, 0, 1, 300, 0, 7, 0, 999])
+    together = op.sample(logits, **given)
+    backwards = op.sample(logits.flip(0), **{k: v.flip(0) for k, v in given.items()}).flip(0)
+    alone = [
+        op.sample(logits[i : i + 1], **{k: v[i : i + 1] for k, v in given.items()}).item()
+        for i in range(9)
+    ]
+    monkeypatch.setattr(op, "_CPU_GROUP_BYTES", 1)
+    grouped = op.sample(logits, **given)
+    assert together.tolist() == backwards.tolist() == alone == grouped.tolist()
+
+
+def test_frequencies_follow_the_softmax():
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, -3.0])
+    draws = 20_000
+    # Evenly spaced numbers leave no sampling noise: every count is within one of its share.
+    uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    given = params(draws, temperature=0.7)
+    tokens = op.sample(logits.expand(draws, 5), **{**given, "uniform": uniform})
+    shares = torch.bincount(tokens, minlength=5) / draws
+    torch.testing.assert_close(shares, (logits / 0.7).softmax(0), atol=1.5 / draws, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_p": 0.5}, {3}),
+        ({"top_p": 0.6}, {1, 3}),
+        ({"min_p": 0.2}, {0, 1, 3}),
+        ({"top_k": 3, "top_p": 0.95}, {0, 1, 3}),
+        ({"top_p": 1e-9}, {3}),
+        ({"min_p": 1.0}, {3}),
+    ],
+)
+def test_filters_keep_the_most_likely(setting, kept):
+    logits = torch.tensor([0.15, 0.25, 0.08, 0.52]).log()
+    uniform = torch.linspace(0, 1 - 1e-9, 500, dtype=torch.float64)
+    tokens = op.sample(logits.expand(500, 4), **params(500, uniform=uniform, **setting))
+    assert set(tokens.tolist()) == kept
+
+
+def test_excluded_tokens_are_never_drawn():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]])
+    for uniform in (0.0, 0.49, 0.5, 1 - 2**-53):
+        expected = 1 if uniform < 0.5 else 3
+        assert op.sample(logits, **params(1, uniform=uniform)).tolist() == [expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_of_logits_is_taken(dtype):
+    logits = torch.tensor([[0.0, 8.0, 0.0]], dtype=dtype)
+    assert op.sample(logits, **params(1)).tolist() == [1]
+    assert op.greedy(logits).tolist() == [1]
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 1.001, 0.5]])
+    for uniform in (0.0, 0.999999):
+        assert op.sample(logits, **params(1, temperature=1e-6, uniform=uniform)).tolist() == [1]
+
+
+def test_a_large_vocabulary_does_not_overflow():
+    vocabulary = 1 << 18
+    logits = torch.zeros(1, vocabulary)
+    given = params(1, uniform=1 - 2**-53)
+    assert op.sample(logits, **given).tolist() == [vocabulary - 1]
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="temperature has shape"):
+        op.sample(torch.zeros(2, 3), **params(1))
+    with pytest.raises(ValueError, match="top_k has dtype"):
+        op.sample(torch.zeros(1, 3), **{**params(1), "top_k": torch.ones(1)})
+    with pytest.raises(ValueError, match="vocabulary"):
+        op.sample(torch.zeros(1, 1).expand(1, (1 << 22) + 1), **params(1))
