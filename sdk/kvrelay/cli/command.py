@@ -1,0 +1,89 @@
+"""What a subcommand is, and the text and parser made from it."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NoReturn
+
+from kvrelay.cli.flags import Flag
+from kvrelay_protocol.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand: its flags, and a handler that imports what it needs when it runs."""
+
+    name: str
+    summary: str
+    flags: Sequence[Flag]
+    run: Callable[[SimpleNamespace], int]
+    """Takes the resolved values, returns the exit code."""
+    epilog: str = ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def build_parser(command: Command) -> argparse.ArgumentParser:
+    """A parser that splits and explains ; checking values is `settings.resolve`'s."""
+    parser = _Parser(
+        prog=f"kvrelay {command.name}",
+        usage=f"kvrelay {command.name} {'[MODEL] ' if _takes_model(command) else ''}[FLAG ...]",
+        description=command.summary,
+        epilog=command.epilog or None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for flag in command.flags:
+        if flag.positional:
+            parser.add_argument(flag.dest, nargs="?", metavar=flag.metavar, help=flag.help)
+            continue
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(flag.group)
+        group = groups[flag.group]
+        described = flag.help + _shown_default(flag)
+        if flag.switch:
+            group.add_argument(
+                flag.name, dest=flag.dest, action="store_const", const="true", help=described
+            )
+        elif flag.repeated:
+            group.add_argument(
+                flag.name, dest=flag.dest, action="append", metavar=flag.metavar, help=described
+            )
+        else:
+            group.add_argument(flag.name, dest=flag.dest, metavar=flag.metavar, help=described)
+    return parser
+
+
+def _takes_model(command: Command) -> bool:
+    return any(flag.positional for flag in command.flags)
+
+
+def search_help(command: Command, word: str) -> str:
+    """`--help=word`: the flags whose name or text has the word."""
+    hits = [
+        f"  {flag.name:<28} {flag.help}{_shown_default(flag).replace('%%', '%')}"
+        for flag in command.flags
+        if word.lower() in f"{flag.name} {flag.help} {flag.group}".lower()
+    ]
+    return "\n".join(hits) if hits else f"no flag of kvrelay {command.name} mentions {word!r}"
+
+
+def _shown_default(flag: Flag) -> str:
+    if flag.default in (None, (), "", False) or flag.secret:
+        return ""
+    return f" [{_default_text(flag)}]"
+
+
+def _default_text(flag: Flag) -> str:
+    if flag.metavar == "SIZE" and isinstance(flag.default, int):
+        from kvrelay.cli.units import format_size
+
+        return format_size(flag.default).replace(" ", "")
+    if flag.metavar == "SECONDS":
+        return f"{flag.default:g}"
+    return str(flag.default)

@@ -1,0 +1,1 @@
+"""One module per subcommand: its flags and a handler that imports lazily."""

@@ -1,0 +1,116 @@
+"""Flags that several commands take.
+
+Defaults repeat those of `RouterConfig` and `WorkerConfig`; a test holds them equal.
+"""
+
+from kvrelay.cli.flags import (
+    Flag,
+    address,
+    api_key,
+    boolean,
+    choice,
+    device,
+    duration,
+    existing_file,
+    integer,
+    size,
+    text,
+)
+
+MiB = 1024 * 1024
+
+MODEL = (
+    Flag("model", "model folder or hub id; none for the demo model", text, metavar="MODEL"),
+    Flag("--revision", "branch, tag or commit of a hub id", text, group="model", metavar="REV"),
+    Flag(
+        "--served-model-name",
+        "the name clients use",
+        text,
+        group="model",
+        metavar="NAME",
+    ),
+)
+
+HTTP = (
+    Flag("--host", "address to serve HTTP on", text, "127.0.0.1", "http", "HOST"),
+    Flag("--port", "port to serve HTTP on; 0 picks one", integer(0, 65535), 8000, "http", "PORT"),
+    Flag(
+        "--api-key",
+        "accept this key; repeatable, none: no authentication",
+        api_key,
+        (),
+        "http",
+        "KEY",
+        repeated=True,
+        secret=True,
+    ),
+    Flag("--tls-cert", "certificate chain (PEM)", existing_file, None, "http", "FILE"),
+    Flag("--tls-key", "private key (PEM)", existing_file, None, "http", "FILE"),
+    Flag("--max-body", "largest request body", size(1024), 8 * MiB, "http", "SIZE"),
+)
+
+_JOIN_TOKEN = Flag(
+    "--join-token", "secret that workers present", text, "", "join", "TOKEN", secret=True
+)
+JOIN_SERVER = (
+    Flag("--join-host", "address that workers dial", text, "127.0.0.1", "join", "HOST"),
+    Flag("--join-port", "port that workers dial; 0 picks one", integer(0, 65535), 8001, "join",
+         "PORT"),
+    _JOIN_TOKEN,
+)  # fmt: skip
+JOIN_CLIENT = (
+    Flag("--join", "the router's join address", address, None, "join", "HOST:PORT", required=True),
+    _JOIN_TOKEN,
+    Flag("--name", "unique among the router's workers", text, None, "join", "NAME"),
+)
+
+REQUESTS = (
+    Flag("--max-queue", "requests that may wait for a place", integer(1), 512, "requests", "N"),
+    Flag("--queue-timeout", "longest wait for a place", duration(), 30.0, "requests", "SECONDS"),
+    Flag("--request-timeout", "deadline of a request that names none", duration(0.1), 600.0,
+         "requests", "SECONDS"),
+    Flag("--replay-wait", "after a worker died: longest wait for another", duration(), 2.0,
+         "requests", "SECONDS"),
+    Flag("--max-replays", "workers one request may lose", integer(0), 3, "requests", "N"),
+    Flag("--local-prefill-max-tokens", "prompts up to this are prefilled where they decode",
+         integer(0), 0, "requests", "N"),
+    Flag("--log-requests", "log prompts and answers", boolean, False, "requests", switch=True),
+)  # fmt: skip
+
+TIMES = (
+    Flag("--lease", "a KV lease ends after this", duration(0.1), 10.0, "times", "SECONDS"),
+    Flag("--heartbeat", "pause between load reports", duration(0.01), 0.5, "times", "SECONDS"),
+    Flag("--drain-grace", "how long open requests may take at shutdown", duration(), 30.0, "times",
+         "SECONDS"),
+)  # fmt: skip
+
+ENGINE = (
+    Flag("--device", "cpu, cuda, cuda:N or auto", device, "auto", "engine", "DEVICE"),
+    Flag("--dtype", "auto, float32, bfloat16 or float16",
+         choice("auto", "float32", "bfloat16", "float16"), "auto", "engine", "DTYPE"),
+    Flag("--kv-memory", "KV pool of each worker", size(), 256 * MiB, "engine", "SIZE"),
+    Flag("--block-size", "tokens in a KV block", integer(1, 1024), 16, "engine", "TOKENS"),
+    Flag("--max-model-len", "tokens of prompt plus answer; 0: the model's own, or what the pool holds",
+         integer(0), 0, "engine", "TOKENS"),
+    Flag("--max-batch-tokens", "prompt tokens computed in one step", integer(1), 512, "engine",
+         "TOKENS"),
+    Flag("--max-sequences", "sequences in one step", integer(1), 256, "engine", "N"),
+    Flag("--threads", "CPU threads of each worker; 0 shares the cores", integer(0), 0, "engine",
+         "N"),
+)  # fmt: skip
+
+TRANSFER = (
+    Flag("--transport", "how KV blocks travel", choice("ucx"), "ucx", "transfer", "NAME"),
+    Flag("--staging", "one staging buffer, the largest message", size(64 * 1024), 4 * MiB,
+         "transfer", "SIZE"),
+    Flag("--staging-buffers", "staging buffers per worker", integer(2), 8, "transfer", "N"),
+)  # fmt: skip
+
+POOLS = (
+    Flag("--prefill", "prefill workers", integer(0, 64), 1, "pools", "N"),
+    Flag("--decode", "decode workers", integer(1, 64), 1, "pools", "N"),
+)
+
+ROUTER_FLAGS = (*MODEL, *HTTP, *JOIN_SERVER, *REQUESTS, *TIMES)
+WORKER_FLAGS = (*MODEL, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
+STACK_FLAGS = (*MODEL, *POOLS, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *TRANSFER, *TIMES)

@@ -1,0 +1,170 @@
+"""What a flag is: one declaration gives the argument, the environment variable and the check."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvrelay.cli.units import parse_duration, parse_size
+
+Parse = Callable[[str], Any]
+"""Text to value; a `ValueError` says what the value must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One setting of a command."""
+
+    name: str
+    """With its dashes, or a bare word for the positional argument."""
+    help: str
+    parse: Parse
+    default: Any = None
+    group: str = "options"
+    metavar: str | None = None
+    repeated: bool = False
+    """May be given several times; the environment variable holds a comma-separated list."""
+    switch: bool = False
+    """Takes no value."""
+    secret: bool = False
+    """Handed to child processes through the environment, never shown."""
+    required: bool = False
+
+    @property
+    def dest(self) -> str:
+        return self.name.lstrip("-").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return f"KVRELAY_{self.dest.upper()}"
+
+    @property
+    def positional(self) -> bool:
+        return not self.name.startswith("-")
+
+
+def text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+def integer(low: int, high: int | None = None) -> Parse:
+    expected = f"at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
+            raise ValueError(f"must be a whole number {expected}")
+        return number
+
+    return parse
+
+
+def number(low: float, high: float) -> Parse:
+    def parse(value: str) -> float:
+        try:
+            result = float(value)
+        except ValueError:
+            result = float("nan")
+        if not low <= result <= high:
+            raise ValueError(f"must be a number from {low:g} to {high:g}")
+        return result
+
+    return parse
+
+
+def size(low: int = 1) -> Parse:
+    def parse(value: str) -> int:
+        result = parse_size(value)
+        if result < low:
+            raise ValueError(f"must be at least {low} bytes")
+        return result
+
+    return parse
+
+
+def duration(low: float = 0.0) -> Parse:
+    def parse(value: str) -> float:
+        result = parse_duration(value)
+        if result < low:
+            raise ValueError(f"must be at least {low:g} seconds")
+        return result
+
+    return parse
+
+
+def choice(*allowed: str) -> Parse:
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"must be {' or '.join(allowed)}")
+        return value
+
+    return parse
+
+
+def boolean(value: str) -> bool:
+    if value.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if value.lower() in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError("must be true or false")
+
+
+def existing_file(value: str) -> Path:
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise ValueError("is no file here")
+    return path.resolve()
+
+
+def address(value: str) -> str:
+    """host:port, the port within range."""
+    host, colon, port = value.rpartition(":")
+    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError("must be host:port, such as 10.0.0.7:8001")
+    return value
+
+
+def api_key(value: str) -> str:
+    if not value or "," in value or not value.isprintable() or " " in value:
+        raise ValueError("must be printable, without spaces or commas")
+    return value
+
+
+def device(value: str) -> str:
+    """auto, cpu or cuda; with a number behind it, the device of that index."""
+    kind, colon, index = value.partition(":")
+    if kind not in {"auto", "cpu", "cuda"} or (colon and not index.isdigit()):
+        raise ValueError("must be cpu, cuda, cuda:N or auto")
+    return value
+
+
+def to_arguments(flags: Sequence[Flag], values: Any) -> list[str]:
+    """The command line that gives another process these values; secrets are left out."""
+    arguments: list[str] = []
+    for flag in flags:
+        value = getattr(values, flag.dest)
+        if flag.secret or flag.positional or value is None or value is False:
+            continue
+        if flag.switch:
+            arguments.append(flag.name)
+            continue
+        items = value if flag.repeated else [value]
+        # One argument each, so that a value may begin with a dash.
+        arguments.extend(f"{flag.name}={item}" for item in items)
+    return arguments
+
+
+def to_environment(flags: Sequence[Flag], values: Any) -> dict[str, str]:
+    """The secrets `to_arguments` left out; empty ones hide what we inherited ourselves."""
+    secrets = [flag for flag in flags if flag.secret]
+    return {
+        flag.variable: ",".join(getattr(values, flag.dest))
+        if flag.repeated
+        else getattr(values, flag.dest) or ""
+        for flag in secrets
+    }
