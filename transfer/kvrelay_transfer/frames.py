@@ -1,0 +1,205 @@
+"""One message of the KV plane: a fixed header directly followed by its payload.
+
+Little-endian, version 1, 160 bytes:
+
+```
+offset size field             offset size field
+     0    4 magic "KVRF"          44    4 total messages (0: unknown)
+     4    2 version               48    4 first logical block
+     6    1 kind                  52    4 block count
+     7    1 trace flags           56    8 payload bytes
+     8   16 lease id              64   16 trace id
+    24    8 epoch                 80    8 span id
+    32    4 generation            88   56 reserved, zero
+    36    4 sequence             144   16 xxh3-128 of bytes 0..144 and the payload
+    40    2 layer start
+    42    2 layer count
+```
+
+Header and payload share one staging buffer, so a frame is one message without a gather. Parsing
+reads fixed offsets only; nothing is unpickled or evaluated.
+"""
+
+import enum
+import struct
+from dataclasses import dataclass
+
+from kvrelay_protocol.errors import CorruptFrame, StaleFrame
+from kvrelay_protocol.trace import PACKED_SIZE, TraceContext
+
+from .digest import DIGEST_SIZE, digest
+from .transport import Buffer, readable_bytes, writable_bytes
+
+MAGIC = b"KVRF"
+VERSION = 1
+HEADER_SIZE = 160
+_FIELDS = struct.Struct("<4sHBB16sQIIHHIIIQ16s8s56x")
+_DIGEST_AT = HEADER_SIZE - DIGEST_SIZE
+_NO_TRACE = bytes(PACKED_SIZE - 1)
+
+
+class FrameKind(enum.IntEnum):
+    """What the payload is."""
+
+    KV_GROUP = 1
+    """KV of some layers for some blocks."""
+    HANDOVER = 2
+    """The record that lets the decode worker go on: first token, position, prompt tail."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """What a frame says about itself."""
+
+    kind: FrameKind
+    lease_id: bytes
+    """16 random bytes, chosen by the receiver."""
+    epoch: int
+    """Incarnation of the sender: 64 random bits, new at every process start."""
+    generation: int
+    """Allocation generation of the lease on the receiver."""
+    sequence: int
+    """Number of this message in its transfer, from 0."""
+    layer_start: int = 0
+    layer_count: int = 0
+    block_first: int = 0
+    """First logical block of the sequence, not an index into anyone's pool."""
+    block_count: int = 0
+    total_messages: int = 0
+    """Messages in the whole transfer, this one included; 0 while unknown. Set in the handover."""
+    trace: TraceContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the receiver's lease accepts; any other frame is stale."""
+
+    lease_id: bytes
+    epoch: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A verified frame. `payload` is a view of the buffer it was received into."""
+
+    header: FrameHeader
+    payload: memoryview
+
+
+def seal(buffer: Buffer, header: FrameHeader, payload_bytes: int) -> memoryview:
+    """Write header and digest in front of a payload already at `buffer[HEADER_SIZE:]`.
+
+    Returns the bytes to send.
+
+    Raises:
+        ValueError: the payload does not fit the buffer, or a field is out of range.
+    """
+    view = writable_bytes(buffer)
+    if payload_bytes < 0 or HEADER_SIZE + payload_bytes > len(view):
+        raise ValueError(
+            f"a payload of {payload_bytes} bytes and its header do not fit {len(view)} bytes"
+        )
+    if len(header.lease_id) != 16:
+        raise ValueError(f"a lease id has 16 bytes, not {len(header.lease_id)}")
+    packed_trace = header.trace.pack() if header.trace else _NO_TRACE + b"\0"
+    try:
+        _FIELDS.pack_into(
+            view,
+            0,
+            MAGIC,
+            VERSION,
+            header.kind,
+            packed_trace[24],
+            header.lease_id,
+            header.epoch,
+            header.generation,
+            header.sequence,
+            header.layer_start,
+            header.layer_count,
+            header.total_messages,
+            header.block_first,
+            header.block_count,
+            payload_bytes,
+            packed_trace[:16],
+            packed_trace[16:24],
+        )
+    except struct.error as error:
+        raise ValueError(f"{header} has a field out of range: {error}") from error
+    end = HEADER_SIZE + payload_bytes
+    view[_DIGEST_AT:HEADER_SIZE] = digest(view[:_DIGEST_AT], view[HEADER_SIZE:end])
+    return view[:end]
+
+
+def open_frame(buffer: Buffer, nbytes: int, expected: Expected | None = None) -> Frame:
+    """Verify and parse the `nbytes` received into `buffer`.
+
+    Raises:
+        CorruptFrame: length, magic, version or digest do not hold. Nothing in it can be trusted.
+        StaleFrame: it is whole, but belongs to another lease, incarnation or allocation.
+    """
+    view = readable_bytes(buffer)
+    if not HEADER_SIZE <= nbytes <= len(view):
+        raise CorruptFrame(
+            f"a frame of {nbytes} bytes in a buffer of {len(view)}: shorter than its "
+            f"{HEADER_SIZE}-byte header, or longer than the buffer"
+        )
+    (
+        magic,
+        version,
+        kind,
+        trace_flags,
+        lease_id,
+        epoch,
+        generation,
+        sequence,
+        layer_start,
+        layer_count,
+        total_messages,
+        block_first,
+        block_count,
+        payload_bytes,
+        trace_id,
+        span_id,
+    ) = _FIELDS.unpack_from(view)
+    if magic != MAGIC:
+        raise CorruptFrame(f"a frame starts with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise CorruptFrame(f"frame version {version}; this side speaks {VERSION}")
+    if payload_bytes != nbytes - HEADER_SIZE:
+        raise CorruptFrame(
+            f"the header says {payload_bytes} payload bytes, {nbytes - HEADER_SIZE} arrived"
+        )
+    payload = view[HEADER_SIZE:nbytes]
+    if digest(view[:_DIGEST_AT], payload) != bytes(view[_DIGEST_AT:HEADER_SIZE]):
+        raise CorruptFrame(
+            f"the digest of a frame with {payload_bytes} payload bytes does not hold"
+        )
+    if kind not in FrameKind:
+        raise CorruptFrame(f"unknown frame kind {kind}")
+    if expected is not None:
+        _check_current(expected, lease_id, epoch, generation)
+    trace = TraceContext(trace_id, span_id, trace_flags) if any(trace_id) else None
+    header = FrameHeader(
+        kind=FrameKind(kind),
+        lease_id=lease_id,
+        epoch=epoch,
+        generation=generation,
+        sequence=sequence,
+        layer_start=layer_start,
+        layer_count=layer_count,
+        block_first=block_first,
+        block_count=block_count,
+        total_messages=total_messages,
+        trace=trace,
+    )
+    return Frame(header, payload)
+
+
+def _check_current(expected: Expected, lease_id: bytes, epoch: int, generation: int) -> None:
+    if lease_id != expected.lease_id:
+        raise StaleFrame(f"frame of lease {lease_id.hex()}, expected {expected.lease_id.hex()}")
+    if epoch != expected.epoch:
+        raise StaleFrame(f"frame of sender epoch {epoch:#x}, expected {expected.epoch:#x}")
+    if generation != expected.generation:
+        raise StaleFrame(f"frame of allocation {generation}, expected {expected.generation}")

@@ -1,0 +1,324 @@
+"""A UCX worker driven by one asyncio loop: no thread, no polling while idle.
+
+The loop watches the worker's event descriptor. When it fires, UCX is progressed until it has
+nothing left or a time budget is spent, finished requests are reported, and the worker is armed
+again; UCX refuses to arm while events are pending, in which case another turn follows.
+
+What had to be worked around, in the binding (0.52) and in UCX (1.21):
+
+- `ucp_request_cancel` does nothing to sends, nor to receives that have been matched. Whoever needs
+  a confirmed cancel has to wait for `Op.done`; see `ucx.py` for how the wait is bounded.
+- `UCXRequest.__dealloc__` cancels without waiting, so a request is referenced until it is complete.
+- A received message's length is not reported: our own headers carry it.
+- The worker's destructor receives every unexpected message to its end, into memory of the size the
+  sender announced. A sender that stands still would hang the exit: `close` takes them out first.
+- `progress_once` leaves the binding's scheduled cancels undone, `progress` does them.
+- One call of `progress_once` may push everything that was posted for sending (47 ms for 64 MiB on
+  loopback), so big messages have to be posted in pieces.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvrelay_protocol.errors import PeerLost, TransportMisconfigured
+
+logger = logging.getLogger(__name__)
+
+_TURN_BUDGET_S = 0.001
+"""Time UCX gets before the loop's other callbacks have their turn."""
+_SAFETY_PERIOD_S = 0.2
+"""Progress is made this often even if no event says so: some UCX transports raise none."""
+_SELF_TEST_S = 5.0
+_CLOSE_S = 2.0
+_LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+?)(?:\.\d+)?\s")
+
+# Rendezvous messages taken out of a dying worker's queue; see the module. Freeing such a handle
+# logs a warning to the terminal, keeping it costs 100 bytes.
+_ABANDONED: list[Any] = []
+
+
+def load_ucx() -> Any:
+    """Import the binding's low-level module, quietly.
+
+    Raises:
+        ImportError: ucxx is not installed or does not load.
+    """
+    # UCX prints warnings and errors to stdout; ours are exceptions. Read once, at load.
+    os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    import ucxx._lib.libucxx as api
+
+    return api
+
+
+class _Native:
+    """The few calls the binding lacks, into the libraries it has loaded already."""
+
+    def __init__(self) -> None:
+        try:
+            ucxx, ucp = ctypes.CDLL("libucxx.so"), ctypes.CDLL("libucp.so.0")
+            # void ucxx::Request::cancel(): the binding calls it from a destructor only.
+            self.cancel = getattr(ucxx, "_ZN4ucxx7Request6cancelEv")  # noqa: B009 - mangled name
+            self._print_info = ucp.ucp_ep_print_info
+        except (OSError, AttributeError) as error:
+            raise TransportMisconfigured(
+                f"this ucxx lacks a call that kvrelay needs ({error}); install ucxx-cu13 0.52"
+            ) from error
+        self.cancel.argtypes, self.cancel.restype = [ctypes.c_void_p], None
+        self._print_info.argtypes, self._print_info.restype = [ctypes.c_void_p] * 2, None
+        self._libc = ctypes.CDLL(None)
+        self._libc.open_memstream.restype = ctypes.c_void_p
+        self._libc.fclose.argtypes = [ctypes.c_void_p]
+        self._libc.free.argtypes = [ctypes.c_void_p]
+
+    def lanes(self, handle: int) -> str:
+        """The transports of an endpoint, such as "tcp/eth0", joined by "+" where several."""
+        text, size = ctypes.c_void_p(), ctypes.c_size_t()
+        stream = self._libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
+        self._print_info(handle, stream)
+        self._libc.fclose(stream)
+        info = ctypes.string_at(text, size.value).decode(errors="replace")
+        self._libc.free(text)
+        return "+".join(dict.fromkeys(_LANE.findall(info)))
+
+
+class Op:
+    """A posted request. Its buffer belongs to UCX until `done`."""
+
+    __slots__ = ("_keep", "_native", "_on_done", "_request", "done")
+
+    def __init__(
+        self,
+        request: Any,
+        keep: memoryview,
+        on_done: Callable[[Exception | None], None],
+        native: _Native,
+    ) -> None:
+        self.done = False
+        self._request = request
+        self._keep: memoryview | None = keep
+        self._on_done = on_done
+        self._native = native
+
+    @property
+    def completed(self) -> bool:
+        return bool(self._request.completed)
+
+    def cancel(self) -> None:
+        """Ask UCX to cancel; `on_done` confirms. Does nothing to sends and matched receives."""
+        if not self.done:
+            self._native.cancel(self._request.ucxx_ptr)
+
+    def finish(self) -> None:
+        """Report a completed request to whoever posted it."""
+        error: Exception | None = None
+        try:
+            self._request.check_error()
+        except Exception as failure:
+            error = failure.with_traceback(None)
+        self.done = True
+        self._request = self._keep = None
+        self._on_done(error)
+
+
+class Endpoint:
+    """A connection to one remote worker, with peer error handling."""
+
+    def __init__(self, handle: Any, native: _Native) -> None:
+        self.handle = handle
+        self._native = native
+
+    @property
+    def alive(self) -> bool:
+        return self.handle is not None and bool(self.handle.alive)
+
+    @property
+    def lanes(self) -> str:
+        return self._native.lanes(self.handle.handle) if self.alive else ""
+
+    def close(self) -> None:
+        """Drop the connection at once; what is under way on it completes with an error."""
+        if self.handle is not None:
+            self.handle.close_blocking()
+            # The binding's endpoint keeps the worker, its sockets and UCX's thread alive.
+            self.handle = None
+
+
+class UcxWorker:
+    """Owns context, worker, requests and the loop's reader. `on_turn` runs after every progress."""
+
+    def __init__(self, config: dict[str, str], on_turn: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_turn = on_turn
+        self._ops: list[Op] = []
+        self._turn: asyncio.Handle | None = None
+        self._closed = False
+        self._api = load_ucx()
+        from ucxx._lib.arr import Array
+        from ucxx.types import Tag, TagMask
+
+        self._array, self._tag, self._any_tag = Array, Tag, TagMask(0)
+        self.native = _Native()
+        features = (self._api.Feature.TAG, self._api.Feature.WAKEUP)
+        self._context = self._api.UCXContext(config, features)
+        self._worker = self._api.UCXWorker(self._context, False, False)
+        self._worker.init_blocking_progress_mode()
+        self._fd: int = self._worker.epoll_file_descriptor
+        self._loop.add_reader(self._fd, self._progress)
+        self._safety = self._loop.call_later(_SAFETY_PERIOD_S, self._on_safety)
+
+    @property
+    def address(self) -> bytes:
+        return bytes(self._worker.address.tobytes())
+
+    def connect(self, address: bytes) -> Endpoint:
+        """Open an endpoint; the connection itself is made by later progress.
+
+        Raises:
+            PeerLost: the address is malformed, or no transport leads there.
+        """
+        return self._endpoint(self._worker, address)
+
+    def _endpoint(self, worker: Any, address: bytes) -> Endpoint:
+        try:
+            remote = self._api.UCXAddress.create_from_buffer(address)
+            handle = worker.create_endpoint_from_worker_address(remote, True)
+        except Exception as error:
+            raise PeerLost(f"UCX can't reach the peer: {error}") from error
+        return Endpoint(handle, self.native)
+
+    def send(
+        self,
+        endpoint: Endpoint,
+        tag: int,
+        view: memoryview,
+        on_done: Callable[[Exception | None], None],
+    ) -> Op:
+        """Post a send. `on_done` is called from a later turn, never from here."""
+        request = endpoint.handle.tag_send(self._array(view), self._tag(tag))
+        return self._post(Op(request, view, on_done, self.native))
+
+    def receive(
+        self, tag: int, view: memoryview, on_done: Callable[[Exception | None], None]
+    ) -> Op:
+        """Post a receive. `on_done` is called from a later turn, never from here."""
+        request = self._worker.tag_recv(self._array(view), self._tag(tag))
+        return self._post(Op(request, view, on_done, self.native))
+
+    def _post(self, op: Op) -> Op:
+        self._ops.append(op)
+        self.kick()
+        return op
+
+    def kick(self) -> None:
+        """Ask for a turn: something was posted or cancelled."""
+        if self._turn is None and not self._closed:
+            self._turn = self._loop.call_soon(self._progress)
+
+    def _on_safety(self) -> None:
+        self._safety = self._loop.call_later(_SAFETY_PERIOD_S, self._on_safety)
+        self.kick()
+
+    def _progress(self) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+        if self._closed:
+            return
+        deadline = time.monotonic() + _TURN_BUDGET_S
+        while self._worker.progress_once() | self._report():
+            if time.monotonic() > deadline:
+                self.kick()
+                break
+        else:
+            self._worker.progress()
+            self._report()
+        self._on_turn()
+        if not self._closed and self._turn is None and not self._worker.arm():
+            self.kick()
+
+    def _report(self) -> bool:
+        """Finish what UCX has completed, in the order in which it was posted."""
+        completed = [op for op in self._ops if op.completed]
+        if not completed:
+            return False
+        self._ops = [op for op in self._ops if op not in completed]
+        for op in completed:
+            op.finish()
+        return True
+
+    async def self_test(self) -> str:
+        """Pass one message through a second worker; return the transports UCX chose.
+
+        Raises:
+            TransportMisconfigured: no transport with peer error handling is left, or it is stuck.
+        """
+        other = self._api.UCXWorker(self._context, False, False)
+        try:
+            endpoint = self._endpoint(self._worker, bytes(other.address.tobytes()))
+        except PeerLost as error:
+            raise TransportMisconfigured(str(error)) from error
+        sent, got, tag = memoryview(b"kvrelay!"), bytearray(8), self._tag(0)
+        requests = [endpoint.handle.tag_send(self._array(sent), tag)]
+        requests.append(other.tag_recv(self._array(memoryview(got)), tag))
+        deadline = time.monotonic() + _SELF_TEST_S
+        while not all(request.completed for request in requests):
+            if time.monotonic() > deadline or not endpoint.alive:
+                endpoint.close()
+                raise TransportMisconfigured("a message to this process itself does not arrive")
+            self._worker.progress_once()
+            other.progress_once()
+            await asyncio.sleep(0)
+        lanes = endpoint.lanes
+        endpoint.close()
+        del requests
+        return lanes
+
+    def close(self) -> None:
+        """Give everything back to the system. Endpoints must be closed and dropped before.
+
+        Requests that are still posted are cancelled; `on_done` is called for all of them.
+        """
+        if self._closed:
+            return
+        for op in self._ops:
+            op.cancel()
+        deadline = time.monotonic() + _CLOSE_S
+        while self._ops and time.monotonic() < deadline:
+            self._worker.progress()
+            self._report()
+        if self._ops:
+            # Their buffers can't be called free: keep them, with the requests, until exit.
+            logger.error("%d UCX requests never completed; their buffers are kept", len(self._ops))
+            _ABANDONED.extend(self._ops)
+        self._closed = True
+        self._loop.remove_reader(self._fd)
+        self._safety.cancel()
+        if self._turn is not None:
+            self._turn.cancel()
+        self._empty_queue()
+        self._ops = []
+        # In this order: the context outlives its worker.
+        self._worker = None
+        self._context = None
+
+    def _empty_queue(self) -> None:
+        """Take unexpected messages out, so that the worker's destructor has none to wait for."""
+        while True:
+            found = self._worker.tag_probe(self._tag(0), self._any_tag, remove=True)
+            if not found.matched:
+                return
+            if found.length > 8191:
+                _ABANDONED.append(found)
+                continue
+            scratch = bytearray(max(found.length, 1))
+            request = self._worker.tag_recv_with_handle(self._array(scratch), found)
+            with contextlib.suppress(Exception):
+                request.check_error()
