@@ -111,7 +111,9 @@ class DecodeScheduler:
         leased = self._leased.pop(sequence_id)
         spec, size = leased.spec, self.allocator.block_size
         self.allocator.activate(leased.allocation.blocks)
-        state = SequenceState(spec, [*spec.tokens, first_token], leased.allocation, leased.lookup.root)
+        state = SequenceState(
+            spec, [*spec.tokens, first_token], leased.allocation, leased.lookup.root
+        )
         state.reuse(leased.allocation.cached_blocks * size, size, leased.lookup.hashes)
         state.advance(len(spec.tokens) - state.computed, self.allocator)
         self._running[sequence_id] = state
@@ -210,7 +212,7 @@ class DecodeScheduler:
 
     def _preempt(self) -> SequenceState:
         """Take the blocks of the sequence admitted last; it goes first when blocks are back."""
-        sequence_id, state = self._running.popitem()
+        _, state = self._running.popitem()
         state.free(self.allocator)
         self._preemptions += 1
         self._waiting.appendleft(

@@ -119,7 +119,9 @@ class PrefixLookup:
     hashes: list[bytes]
 
 
-def look_up(tokens: list[int] | tuple[int, ...], block_size: int, fingerprint: str, salt: bytes) -> PrefixLookup:
+def look_up(
+    tokens: list[int] | tuple[int, ...], block_size: int, fingerprint: str, salt: bytes
+) -> PrefixLookup:
     """Hash chain of a token sequence's full blocks."""
     root = root_hash(fingerprint, salt)
     return PrefixLookup(root, hash_full_blocks(tokens, block_size, root))

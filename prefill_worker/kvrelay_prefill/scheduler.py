@@ -14,6 +14,8 @@ class Admitted:
     """A prompt has its blocks; the first `cached_blocks` hold valid KV already."""
 
     sequence_id: int
+    blocks: tuple[int, ...]
+    """They don't change until `release`."""
     cached_blocks: int
     cached_tokens: int
 
@@ -103,11 +105,6 @@ class PrefillScheduler:
             finish = state.spec.finish_reason(token, 1)
             self._events.append(FirstToken(part.sequence_id, token, finish))
 
-    def blocks_of(self, sequence_id: int) -> tuple[int, ...]:
-        """Physical blocks of a computing or held sequence; they don't change until `release`."""
-        state = self._computing.get(sequence_id) or self._held[sequence_id]
-        return tuple(state.blocks)
-
     def take_events(self) -> list[PrefillEvent]:
         events, self._events = self._events, []
         return events
@@ -153,7 +150,9 @@ class PrefillScheduler:
         self._computing[spec.sequence_id] = state
         self._prefix_queries += len(spec.tokens)
         self._prefix_hits += cached
-        self._events.append(Admitted(spec.sequence_id, allocation.cached_blocks, cached))
+        self._events.append(
+            Admitted(spec.sequence_id, allocation.blocks, allocation.cached_blocks, cached),
+        )
         return state
 
     def _add_chunk(

@@ -37,7 +37,11 @@ class Telemetry:
         processors: Sequence[SpanProcessor] = (),
     ) -> None:
         resource = Resource.create(
-            {"service.namespace": "kvrelay", "service.name": service, "service.instance.id": instance},
+            {
+                "service.namespace": "kvrelay",
+                "service.name": service,
+                "service.instance.id": instance,
+            },
         )
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         for processor in processors:
@@ -66,7 +70,9 @@ class Telemetry:
             start_ns: wall clock in nanoseconds since the epoch; now by default.
             links: spans this one follows from without being their child.
         """
-        context = trace.set_span_in_context(NonRecordingSpan(_otel_context(parent))) if parent else None
+        context = (
+            trace.set_span_in_context(NonRecordingSpan(_otel_context(parent))) if parent else None
+        )
         return self.tracer.start_span(
             name,
             context=context,

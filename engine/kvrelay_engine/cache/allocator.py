@@ -175,9 +175,13 @@ class BlockAllocator:
         if len(set(self._free)) != len(self._free):
             raise IntegrityError("a block is twice in the free list")
         if states[BlockState.FREE] != len(self._free):
-            raise IntegrityError(f"{states[BlockState.FREE]} FREE, {len(self._free)} in the free list")
+            raise IntegrityError(
+                f"{states[BlockState.FREE]} FREE, {len(self._free)} in the free list"
+            )
         if states[BlockState.CACHED] != len(self._cached):
-            raise IntegrityError(f"{states[BlockState.CACHED]} CACHED, {len(self._cached)} in the LRU")
+            raise IntegrityError(
+                f"{states[BlockState.CACHED]} CACHED, {len(self._cached)} in the LRU"
+            )
         if states[BlockState.LEASED] != self._leased:
             raise IntegrityError(f"{states[BlockState.LEASED]} LEASED, {self._leased} counted")
         for block, state in enumerate(self._state):

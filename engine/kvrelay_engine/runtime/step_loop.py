@@ -97,6 +97,7 @@ class StepLoop(threading.Thread):
         self._run_commands(wait=False)
         batch = self._scheduler.schedule()
         if batch is not None:
+            self._publish()  # admissions go out before the step that computes them
             self._scheduler.commit(batch, self._step(batch))
         self._publish()
         if batch is None and not self._stopping:

@@ -1,0 +1,307 @@
+"""The decode worker: leases for arriving KV, local prefill, and the tokens of every sequence."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from opentelemetry.trace import Span
+
+from kvrelay_decode.receiver import KvReceiver, Received
+from kvrelay_decode.scheduler import (
+    DecodeScheduler,
+    LocalPrefillStarted,
+    Reserved,
+    TokenSampled,
+)
+from kvrelay_engine.batch import Batch, StepResult
+from kvrelay_engine.runtime.host import WorkerHost
+from kvrelay_engine.runtime.messages import (
+    failure_message,
+    spec_from_message,
+    step_message,
+    token_run,
+)
+from kvrelay_engine.sequence import SequenceSpec
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import ContextOverflow, KvrelayError, LeaseLost
+from kvrelay_protocol.telemetry import Telemetry
+from kvrelay_protocol.trace import TraceContext
+from kvrelay_transfer.kit import TransferKit
+from kvrelay_transfer.lease import LeaseId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One sequence on this worker, from submit to its last token or its cancel.
+
+    While `transfer` runs, the transfer owns the sequence: whoever wants to end it cancels that task,
+    which frees the blocks once nothing writes to them any more.
+    """
+
+    spec: SequenceSpec
+    lease_s: float
+    submitted: float
+    transfer: asyncio.Task[None] | None = None
+    receiver: KvReceiver | None = None
+    span: Span | None = None
+    """The phase that runs now: `prefill` (local) or `decode`."""
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class DecodeWorker:
+    """Glue between router, scheduler and receivers. Lives on the event loop's thread but for `step`."""
+
+    host: WorkerHost
+    kit: TransferKit
+    scheduler: DecodeScheduler
+    telemetry: Telemetry
+    _sequences: dict[int, _Sequence] = field(default_factory=dict)
+    _ending: set[asyncio.Task[None]] = field(default_factory=set)
+    """Transfers that were cancelled and have not confirmed yet."""
+    _corrupt_frames: int = 0
+    _expired_leases: int = 0
+    _bandwidth: float = 0.0
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._sequences) + len(self._ending)
+
+    def handle(self, message: pb.RouterMessage) -> None:
+        match message.WhichOneof("message"):
+            case "submit_decode":
+                self._submit(message.submit_decode)
+            case "cancel":
+                self._cancel(message.cancel.sequence_id, message.cancel.reason)
+            case other:
+                log.warning("a decode worker got %s from the router; ignored", other)
+
+    def step(self, batch: Batch) -> StepResult:
+        """One engine step. Engine thread."""
+        return self.host.engine.runner.step(batch)
+
+    def events(self, events: Sequence[object]) -> None:
+        runs: list[pb.TokenRun] = []
+        for event in events:
+            match event:
+                case TokenSampled():
+                    runs += self._token(event)
+                case Reserved():
+                    self._reserved(event)
+                case LocalPrefillStarted():
+                    self._local_prefill(event)
+        if runs:
+            self.host.send(step_message(runs))
+
+    def drop_all(self, reason: str) -> None:
+        for sequence_id in list(self._sequences):
+            self._cancel(sequence_id, reason)
+
+    def add_load(self, load: pb.Load) -> None:
+        load.corrupt_frames = self._corrupt_frames
+        load.expired_leases = self._expired_leases
+        load.open_transfers = sum(s.transfer is not None for s in self._sequences.values())
+        load.transport_bandwidth = self._bandwidth
+
+    def _submit(self, message: pb.SubmitDecode) -> None:
+        spec = spec_from_message(message.sequence)
+        if spec.sequence_id in self._sequences:
+            log.error("sequence %d was submitted twice; the second is ignored", spec.sequence_id)
+            return
+        limit = self.host.engine.max_model_len
+        if len(spec.tokens) + spec.max_tokens > limit:
+            error = ContextOverflow(
+                f"{len(spec.tokens)} tokens and {spec.max_tokens} to generate; "
+                f"this decode worker holds {limit}",
+            )
+            self.host.send(failure_message(spec.sequence_id, error))
+            return
+        lease_s = message.lease_seconds or self.host.config.lease_s
+        self._sequences[spec.sequence_id] = _Sequence(spec, lease_s, time.monotonic())
+        enter = self.scheduler.reserve if message.expect_kv else self.scheduler.submit
+        self.host.post(lambda: enter(spec))
+
+    def _cancel(self, sequence_id: int, reason: str) -> None:
+        sequence = self._sequences.pop(sequence_id, None)
+        if sequence is None:
+            return
+        if sequence.span is not None:
+            sequence.span.add_event("cancelled", {"reason": reason})
+            self._end_span(sequence)
+        if sequence.transfer is None:
+            self.host.post(lambda: self.scheduler.abort(sequence_id))
+        else:
+            sequence.transfer.cancel(reason)
+
+    def _reserved(self, event: Reserved) -> None:
+        sequence = self._sequences.get(event.sequence_id)
+        if sequence is None:  # cancelled meanwhile; the abort is behind the reservation
+            return
+        identity = LeaseId(secrets.token_bytes(16), self.host.incarnation, event.generation)
+        tag = secrets.randbits(64)
+        receiver = KvReceiver(
+            identity,
+            tag=tag,
+            blocks=event.blocks,
+            first_block=event.first_block,
+            kit=self.kit,
+            pool=self.host.engine.runner.pool,
+            lease_s=sequence.lease_s,
+            deadline_s=sequence.spec.deadline_s,
+            on_posted=lambda: self._grant(event, identity, tag),
+            on_missing=lambda numbers: self._ask_again(event.sequence_id, numbers),
+        )
+        sequence.receiver = receiver
+        task = asyncio.get_running_loop().create_task(self._transfer(sequence, receiver))
+        sequence.transfer = task
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    def _grant(self, event: Reserved, identity: LeaseId, tag: int) -> None:
+        self.host.send(
+            pb.WorkerMessage(
+                lease_granted=pb.LeaseGranted(
+                    sequence_id=event.sequence_id,
+                    lease=pb.Lease(
+                        lease_id=identity.lease_id,
+                        epoch=identity.epoch,
+                        generation=identity.generation,
+                        tag=tag,
+                        transport_address=self.kit.transport.address,
+                        worker_name=self.host.config.name,
+                        first_block=event.first_block,
+                        max_message_bytes=self.kit.staging.nbytes,
+                    ),
+                ),
+            ),
+        )
+
+    def _ask_again(self, sequence_id: int, numbers: tuple[int, ...]) -> None:
+        self.host.send(
+            pb.WorkerMessage(
+                kv_missing=pb.KvMissing(sequence_id=sequence_id, messages=numbers),
+            ),
+        )
+
+    async def _transfer(self, sequence: _Sequence, receiver: KvReceiver) -> None:
+        """Own the reserved blocks until the transfer is complete, or has confirmed its end."""
+        sequence_id = sequence.spec.sequence_id
+        try:
+            received = await receiver.run()
+        except asyncio.CancelledError:
+            self.host.post(lambda: self.scheduler.abort(sequence_id))
+        except Exception as error:
+            self._transfer_failed(sequence, error)
+            self.host.post(lambda: self.scheduler.abort(sequence_id))
+        else:
+            self._transfer_done(sequence, received)
+        finally:
+            self._corrupt_frames += receiver.lease.corrupt_frames
+            receiver.lease.release()
+            sequence.transfer = None
+
+    def _transfer_failed(self, sequence: _Sequence, error: Exception) -> None:
+        if not isinstance(error, KvrelayError):
+            log.error("receiving KV of request %s failed", sequence.spec.request_id, exc_info=error)
+        if isinstance(error, LeaseLost):
+            self._expired_leases += 1
+        self._sequences.pop(sequence.spec.sequence_id, None)
+        self.host.send(failure_message(sequence.spec.sequence_id, error))
+
+    def _transfer_done(self, sequence: _Sequence, received: Received) -> None:
+        spec, handover = sequence.spec, received.handover
+        if sequence.spec.sequence_id not in self._sequences:  # cancelled in this very moment
+            self.host.post(lambda: self.scheduler.abort(spec.sequence_id))
+            return
+        self._bandwidth = received.bytes / max(received.seconds, 1e-9)
+        self._transfer_span(sequence, received)
+        sequence.span = self._phase_span(sequence, "decode", received.prefill_trace)
+        self.host.send(
+            pb.WorkerMessage(
+                kv_received=pb.KvReceived(
+                    sequence_id=spec.sequence_id,
+                    bytes=received.bytes,
+                    messages=received.messages,
+                    seconds=received.seconds,
+                    exposed_seconds=received.exposed_seconds,
+                    transport=handover.transport,
+                ),
+            ),
+        )
+        self.host.post(lambda: self.scheduler.start(spec.sequence_id, handover.first_token))
+
+    def _local_prefill(self, event: LocalPrefillStarted) -> None:
+        sequence = self._sequences.get(event.sequence_id)
+        if sequence is None:
+            return
+        sequence.span = self._phase_span(sequence, "prefill", None)
+        sequence.span.set_attribute("kvrelay.cached_tokens", event.cached_tokens)
+        self.host.send(
+            pb.WorkerMessage(
+                sequence_started=pb.SequenceStarted(
+                    sequence_id=event.sequence_id,
+                    cached_tokens=event.cached_tokens,
+                    queue_seconds=time.monotonic() - sequence.submitted,
+                ),
+            ),
+        )
+
+    def _token(self, event: TokenSampled) -> list[pb.TokenRun]:
+        sequence = self._sequences.get(event.sequence_id)
+        if sequence is None:  # cancelled while the step ran
+            return []
+        sequence.tokens += 1
+        local_prefill_ends = sequence.receiver is None and sequence.tokens == 1
+        if local_prefill_ends and event.finish is None and sequence.span is not None:
+            sequence.span.end()
+            sequence.span = self._phase_span(sequence, "decode", None)
+        if event.finish is not None:
+            self._end_span(sequence)
+            del self._sequences[event.sequence_id]
+        return [token_run(event.sequence_id, event.index, event.token, event.finish)]
+
+    # ---- spans: all are children of the router's root, so that no lost worker can orphan another's
+
+    def _phase_span(self, sequence: _Sequence, name: str, link: TraceContext | None) -> Span:
+        return self.telemetry.start_span(
+            name,
+            parent=TraceContext.parse(sequence.spec.traceparent),
+            links=[link] if link is not None else [],
+            attributes={
+                "kvrelay.worker": self.host.config.name,
+                "kvrelay.prompt_tokens": len(sequence.spec.tokens),
+            },
+        )
+
+    def _transfer_span(self, sequence: _Sequence, received: Received) -> None:
+        prefill = received.prefill_trace
+        span = self.telemetry.start_span(
+            "kv_transfer",
+            parent=TraceContext.parse(sequence.spec.traceparent),
+            start_ns=received.first_ns,
+            links=[prefill] if prefill is not None else [],
+            attributes={
+                "kvrelay.worker": self.host.config.name,
+                "kvrelay.kv.bytes": received.bytes,
+                "kvrelay.kv.messages": received.messages,
+                "kvrelay.kv.transport": received.handover.transport,
+                "kvrelay.kv.gigabytes_per_second": received.bytes
+                / max(received.seconds, 1e-9)
+                / 1e9,
+                "kvrelay.kv.exposed_ms": received.exposed_seconds * 1e3,
+            },
+        )
+        span.end()
+
+    @staticmethod
+    def _end_span(sequence: _Sequence) -> None:
+        if sequence.span is None:
+            return
+        sequence.span.set_attribute("kvrelay.output_tokens", sequence.tokens)
+        sequence.span.end()
+        sequence.span = None

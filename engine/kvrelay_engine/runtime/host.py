@@ -1,0 +1,175 @@
+"""One worker process around its scheduler: the Join stream, the engine thread, drain and shutdown."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
+
+from kvrelay_engine.batch import Batch, StepResult
+from kvrelay_engine.runtime.config import WorkerConfig
+from kvrelay_engine.runtime.join import JoinLink
+from kvrelay_engine.runtime.messages import load_message
+from kvrelay_engine.runtime.startup import Engine, Phases
+from kvrelay_engine.runtime.step_loop import Scheduler, StepLoop
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import WorkerStartFailed
+
+log = logging.getLogger(__name__)
+
+PROTOCOL_VERSION = 1
+
+
+def software_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("kvrelay")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Advertisement:
+    """What a worker says of its KV plane in its hello."""
+
+    role: pb.Role
+    kv_layout: pb.KvLayout
+    transport: str
+    transport_address: bytes
+
+
+class Worker(Protocol):
+    """What differs between the two workers. All methods run on the event loop's thread."""
+
+    @property
+    def open_sequences(self) -> int:
+        """Sequences this worker still owes something to; a drain waits for zero."""
+
+    def handle(self, message: pb.RouterMessage) -> None: ...
+
+    def events(self, events: Sequence[object]) -> None:
+        """What the scheduler did, in order."""
+
+    def drop_all(self, reason: str) -> None:
+        """The router is gone: cancel every sequence and give up every lease."""
+
+    def add_load(self, load: pb.Load) -> None:
+        """Fill in what only this worker measures."""
+
+
+@dataclass(slots=True)
+class WorkerHost:
+    """Connects a `Worker` to the router and to the engine thread."""
+
+    config: WorkerConfig
+    engine: Engine
+    phases: Phases
+    incarnation: int = field(default_factory=lambda: secrets.randbits(64))
+    _worker: Worker | None = None
+    _advertisement: Advertisement | None = None
+    _link: JoinLink | None = None
+    _loop: StepLoop | None = None
+    _failed: asyncio.Future[BaseException] | None = None
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Run a command on the engine thread between two steps."""
+        if self._loop is not None:
+            self._loop.post(command)
+
+    def send(self, message: pb.WorkerMessage) -> None:
+        """Queue a message for the router, in order."""
+        if self._link is not None:
+            self._link.send(message)
+
+    async def run(
+        self,
+        worker: Worker,
+        advertisement: Advertisement,
+        scheduler: Scheduler[object],
+        step: Callable[[Batch], StepResult],
+        shutdown: asyncio.Event,
+    ) -> None:
+        """Serve until `shutdown` is set, then drain.
+
+        Raises:
+            StartupError: the router refused this worker.
+            WorkerStartFailed: the engine loop failed; its log has the reason.
+        """
+        running = asyncio.get_running_loop()
+        failed: asyncio.Future[BaseException] = running.create_future()
+        self._worker, self._advertisement = worker, advertisement
+
+        def fail(error: BaseException) -> None:
+            running.call_soon_threadsafe(lambda: failed.done() or failed.set_result(error))
+
+        def deliver(events: Sequence[object]) -> None:
+            running.call_soon_threadsafe(worker.events, events)
+
+        loop = StepLoop(scheduler, step, on_events=deliver, on_failure=fail)
+        self._loop = loop
+        self._link = JoinLink(self.config.router, self, heartbeat_s=self.config.heartbeat_s)
+        loop.start()
+        link = asyncio.create_task(self._link.run(self._announce))
+        stop = asyncio.create_task(shutdown.wait())
+        try:
+            await asyncio.wait({link, stop, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                raise WorkerStartFailed(f"the engine loop failed: {failed.result()!r}")
+            if link.done():
+                await link
+            await self._drain(worker)
+        finally:
+            link.cancel()
+            stop.cancel()
+            await asyncio.gather(link, stop, return_exceptions=True)
+            worker.drop_all("worker stops")
+            loop.stop()
+            await asyncio.to_thread(loop.join, 10.0)
+
+    async def _drain(self, worker: Worker) -> None:
+        """Take no new work, finish what runs, within the grace."""
+        self.send(pb.WorkerMessage(drained=pb.Drained()))
+        deadline = asyncio.get_running_loop().time() + self.config.drain_grace_s
+        while worker.open_sequences and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        if worker.open_sequences:
+            log.warning("%d sequences did not end within the drain's grace", worker.open_sequences)
+
+    # ---- JoinHandler
+
+    def hello(self) -> pb.Hello:
+        assert self._advertisement is not None  # noqa: S101 - set before the link is made
+        return pb.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=software_version(),
+            worker_name=self.config.name,
+            incarnation=self.incarnation,
+            role=self._advertisement.role,
+            model=self.config.model_name,
+            kv_layout=self._advertisement.kv_layout,
+            transport=self._advertisement.transport,
+            transport_address=self._advertisement.transport_address,
+            max_model_len=self.engine.max_model_len,
+            device=self.config.device,
+            load=self.heartbeat(),
+            join_token=self.config.join_token,
+        )
+
+    def heartbeat(self) -> pb.Load:
+        assert self._loop is not None and self._worker is not None  # noqa: S101, PT018 - as above
+        load = load_message(self._loop.load)
+        self._worker.add_load(load)
+        return load
+
+    def handle(self, message: pb.RouterMessage) -> None:
+        assert self._worker is not None  # noqa: S101 - as above
+        self._worker.handle(message)
+
+    def disconnected(self) -> None:
+        if self._worker is not None:
+            self._worker.drop_all("the router is gone")
+
+    def _announce(self) -> None:
+        self.phases.line(f"joined {self.config.router} after {self.phases.elapsed:.2f} s")

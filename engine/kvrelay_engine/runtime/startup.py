@@ -1,0 +1,148 @@
+"""From settings to a ready engine, phase by phase, each with its seconds."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvrelay_engine.cache.allocator import BlockAllocator
+from kvrelay_engine.runtime.config import WorkerConfig
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import DeviceUnavailable, NotEnoughMemory
+
+if TYPE_CHECKING:
+    from kvrelay_engine.runner import ModelRunner
+
+KV_PROTOCOL_VERSION = 1
+"""Version of the block layout on the wire; two workers exchange blocks only if theirs are equal."""
+PROGRESS_EVERY_S = 5.0
+"""A log is no terminal: one progress line per this many seconds."""
+
+
+class Phases:
+    """Prints what start-up is doing and how long each phase took, one line each."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.line(f"{name:<18} {time.monotonic() - begun:6.2f} s")
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since start-up began."""
+        return time.monotonic() - self._begun
+
+
+class LoadProgress:
+    """Weight loading as lines: bytes, rate, what is left. Quiet for loads that end at once."""
+
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+        self._begun = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < PROGRESS_EVERY_S:
+            return
+        self._last = now
+        rate = done / (now - self._begun)
+        left = (total - done) / rate if rate else 0.0
+        self._phases.line(
+            f"weights {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A loaded model with its pool, and what others must know of it."""
+
+    runner: "ModelRunner"
+    allocator: BlockAllocator
+    fingerprint: str
+    kv_layout: pb.KvLayout
+    max_model_len: int
+    """Tokens of prompt plus answer: the smallest of the model's, the operator's and the pool's limit."""
+
+
+def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
+    """Import torch, load the weights, allocate the pool, run one step.
+
+    Raises:
+        InvalidModel, UnsupportedModel: see `load_engine`.
+        DeviceUnavailable: no such device here.
+        NotEnoughMemory: the pool does not hold one sequence, or allocation failed.
+    """
+    with phases.phase("import torch"):
+        import torch
+
+        from kvrelay_engine.cache.sizing import kv_bytes_per_block
+        from kvrelay_engine.loading import load_engine, resolve_dtype
+        from kvrelay_engine.models.weights import load_model_config
+        from kvrelay_engine.runtime.warmup import fingerprint, warm_up
+
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        _check_device(config.device)
+    model = load_model_config(config.model_dir)
+    dtype = resolve_dtype(config.dtype, model, config.device)
+    itemsize = getattr(torch, dtype).itemsize
+    block_bytes = kv_bytes_per_block(model, config.block_size, itemsize)
+    num_blocks = config.num_blocks or config.kv_memory_bytes // block_bytes
+    wanted = config.max_model_len or model.max_position_embeddings
+    if num_blocks * config.block_size < (config.max_model_len or config.block_size * 2):
+        raise NotEnoughMemory(
+            f"a KV pool of {num_blocks} blocks holds {num_blocks * config.block_size} tokens, "
+            f"one sequence needs {wanted}; raise --kv-memory to at least "
+            f"{-(-wanted // config.block_size) * block_bytes / 2**20:.0f} MiB "
+            "or lower --max-model-len",
+        )
+    with phases.phase("load weights"):
+        try:
+            runner = load_engine(
+                config.model_dir,
+                device=config.device,
+                dtype=config.dtype,
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                progress=LoadProgress(phases),
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise NotEnoughMemory(
+                f"weights and a KV pool of {num_blocks * block_bytes / 2**30:.1f} GiB do not fit on "
+                f"{config.device}; lower --kv-memory ({type(error).__name__})",
+            ) from None
+    with phases.phase("warm up"):
+        warm_up(runner)
+    name = fingerprint(config.model_dir)
+    return Engine(
+        runner=runner,
+        allocator=BlockAllocator(num_blocks, config.block_size),
+        fingerprint=name,
+        kv_layout=pb.KvLayout(
+            model_fingerprint=name,
+            dtype=dtype,
+            block_size=config.block_size,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            protocol_version=KV_PROTOCOL_VERSION,
+        ),
+        max_model_len=min(wanted, model.max_position_embeddings, num_blocks * config.block_size),
+    )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceUnavailable(
+            f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu",
+        )

@@ -1,0 +1,64 @@
+"""The prefill worker's process."""
+
+import asyncio
+
+from kvrelay_engine.runtime.config import WorkerConfig
+from kvrelay_engine.runtime.host import Advertisement, WorkerHost
+from kvrelay_engine.runtime.process import run_process
+from kvrelay_engine.runtime.startup import Engine, Phases, start_engine
+from kvrelay_prefill.scheduler import PrefillScheduler
+from kvrelay_prefill.worker import PrefillWorker
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.telemetry import Telemetry
+from kvrelay_transfer.setup import make_kit
+
+
+def run(config: WorkerConfig) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    phases = Phases()
+
+    async def main(shutdown: asyncio.Event) -> None:
+        await serve(config, start_engine(config, phases), phases, shutdown)
+
+    return run_process(main)
+
+
+async def serve(
+    config: WorkerConfig,
+    engine: Engine,
+    phases: Phases,
+    shutdown: asyncio.Event,
+) -> None:
+    """Join the router with a loaded engine and work until `shutdown`, then drain.
+
+    Raises:
+        TransportMisconfigured: the environment leaves no usable transport.
+        StartupError: the router refused this worker.
+    """
+    with phases.phase("start transport"):
+        kit = await make_kit(
+            config.transport,
+            engine.kv_layout,
+            staging_count=config.staging_buffers,
+            staging_bytes=config.staging_bytes,
+        )
+    telemetry = Telemetry("kvrelay-prefill", instance=config.name)
+    scheduler = PrefillScheduler(
+        engine.allocator,
+        fingerprint=engine.fingerprint,
+        max_batch_tokens=config.max_batch_tokens,
+        max_sequences=config.max_sequences,
+    )
+    host = WorkerHost(config, engine, phases)
+    worker = PrefillWorker(host, kit, scheduler, telemetry)
+    advertisement = Advertisement(
+        role=pb.ROLE_PREFILL,
+        kv_layout=engine.kv_layout,
+        transport=kit.transport.scheme,
+        transport_address=kit.transport.address,
+    )
+    try:
+        await host.run(worker, advertisement, scheduler, worker.step, shutdown)
+    finally:
+        await kit.close()
+        telemetry.shutdown()

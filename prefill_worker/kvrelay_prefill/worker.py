@@ -1,0 +1,267 @@
+"""The prefill worker: prompts from the router to the scheduler, their KV to decode workers."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from opentelemetry.trace import Span, StatusCode
+
+from kvrelay_engine.batch import Batch, StepResult
+from kvrelay_engine.runtime.host import WorkerHost
+from kvrelay_engine.runtime.messages import (
+    failure_message,
+    spec_from_message,
+    step_message,
+    token_run,
+)
+from kvrelay_engine.sequence import SequenceSpec
+from kvrelay_prefill.scheduler import Admitted, FirstToken, PrefillScheduler
+from kvrelay_prefill.sender import FirstOutput, KvSender, Sent
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import ContextOverflow, KvrelayError
+from kvrelay_protocol.telemetry import Telemetry, context_of
+from kvrelay_protocol.trace import TraceContext
+from kvrelay_transfer.kit import TransferKit
+from kvrelay_transfer.layout import Piece, group_layers
+from kvrelay_transfer.lease import LeaseId, OpenLease
+
+log = logging.getLogger(__name__)
+
+_RATE_WEIGHT = 0.2
+"""Share of the newest step in the measured prefill rate."""
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """One sequence on this worker, from submit until its sender has ended."""
+
+    spec: SequenceSpec
+    sender: KvSender
+    task: asyncio.Task[None]
+    submitted: float
+    admitted: float = 0.0
+    prefill_s: float = 0.0
+    cached_tokens: int = 0
+    span: Span | None = None
+
+
+@dataclass(slots=True)
+class PrefillWorker:
+    """Glue between router, scheduler and senders. Lives on the event loop's thread but for `step`."""
+
+    host: WorkerHost
+    kit: TransferKit
+    scheduler: PrefillScheduler
+    telemetry: Telemetry
+    _prompts: dict[int, _Prompt] = field(default_factory=dict)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _tokens_per_second: float = 0.0
+    _bandwidth: float = 0.0
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._prompts)
+
+    def handle(self, message: pb.RouterMessage) -> None:
+        match message.WhichOneof("message"):
+            case "submit_prefill":
+                self._submit(spec_from_message(message.submit_prefill.sequence))
+            case "open_transfer":
+                self._open(message.open_transfer)
+            case "resend_kv":
+                if prompt := self._prompts.get(message.resend_kv.sequence_id):
+                    prompt.sender.resend(list(message.resend_kv.messages))
+            case "release_kv":
+                if prompt := self._prompts.get(message.release_kv.sequence_id):
+                    prompt.sender.release()
+            case "cancel":
+                self._cancel(message.cancel.sequence_id, message.cancel.reason)
+            case other:
+                log.warning("a prefill worker got %s from the router; ignored", other)
+
+    def step(self, batch: Batch) -> StepResult:
+        """One engine step; hands each layer group over as soon as it is written. Engine thread."""
+        begun = time.monotonic()
+        size = self.kit.layout.block_size
+        ranges = [
+            (
+                part.sequence_id,
+                part.start // size,
+                -(-(part.start + len(part.tokens)) // size) - part.start // size,
+            )
+            for part in batch.slices
+        ]
+
+        def layers_done(first: int, end: int) -> None:
+            pieces = [
+                (sequence_id, Piece(first, end - first, block, count))
+                for sequence_id, block, count in ranges
+            ]
+            self._loop.call_soon_threadsafe(self._written, pieces)
+
+        result = self.host.engine.runner.step(
+            batch,
+            layers_done,
+            group_layers(self.kit.layout, max(count for _, _, count in ranges)),
+        )
+        rate = batch.num_tokens / max(time.monotonic() - begun, 1e-6)
+        self._tokens_per_second += _RATE_WEIGHT * (rate - self._tokens_per_second)
+        return result
+
+    def events(self, events: Sequence[object]) -> None:
+        runs: list[pb.TokenRun] = []
+        for event in events:
+            match event:
+                case Admitted():
+                    self._admitted(event)
+                case FirstToken():
+                    runs += self._first_token(event)
+        if runs:
+            self.host.send(step_message(runs))
+
+    def drop_all(self, reason: str) -> None:
+        for sequence_id in list(self._prompts):
+            self._cancel(sequence_id, reason)
+
+    def add_load(self, load: pb.Load) -> None:
+        load.prefill_tokens_per_second = self._tokens_per_second
+        load.open_transfers = len(self._prompts)
+        load.transport_bandwidth = self._bandwidth
+
+    def _submit(self, spec: SequenceSpec) -> None:
+        if spec.sequence_id in self._prompts:
+            log.error("sequence %d was submitted twice; the second is ignored", spec.sequence_id)
+            return
+        capacity = self.scheduler.allocator.num_blocks * self.scheduler.allocator.block_size
+        if len(spec.tokens) > min(capacity, self.host.engine.max_model_len):
+            self.host.send(
+                failure_message(
+                    spec.sequence_id,
+                    ContextOverflow(
+                        f"prompt of {len(spec.tokens)} tokens; this prefill worker holds "
+                        f"{min(capacity, self.host.engine.max_model_len)}",
+                    ),
+                ),
+            )
+            return
+        sender = KvSender(
+            spec,
+            self.kit,
+            self.host.engine.runner.pool,
+            lease_s=self.host.config.lease_s,
+            on_sent=lambda sent: self._sent(spec.sequence_id, sent),
+        )
+        task = self._loop.create_task(self._run(spec, sender))
+        self._prompts[spec.sequence_id] = _Prompt(spec, sender, task, time.monotonic())
+        self.host.post(lambda: self.scheduler.submit(spec))
+
+    async def _run(self, spec: SequenceSpec, sender: KvSender) -> None:
+        """Own the sequence until its sender ends, however it ends; then its blocks are free."""
+        error: BaseException | None = None
+        try:
+            await sender.run()
+        except asyncio.CancelledError as cancelled:
+            error = cancelled
+        except KvrelayError as failure:
+            error = failure
+            self.host.send(failure_message(spec.sequence_id, failure))
+        except Exception as failure:
+            log.exception("sending KV of request %s failed", spec.request_id)
+            error = failure
+            self.host.send(failure_message(spec.sequence_id, failure))
+        finally:
+            prompt = self._prompts.pop(spec.sequence_id, None)
+            if prompt is not None and prompt.span is not None:
+                _end(prompt.span, error)
+            self.host.post(lambda: self.scheduler.release(spec.sequence_id))
+
+    def _open(self, message: pb.OpenTransfer) -> None:
+        prompt = self._prompts.get(message.sequence_id)
+        if prompt is None:
+            return  # finished or failed here while the lease was on its way
+        lease = message.lease
+        prompt.sender.open(
+            OpenLease(
+                identity=LeaseId(lease.lease_id, lease.epoch, lease.generation),
+                tag=lease.tag,
+                address=lease.transport_address,
+                peer_name=lease.worker_name,
+                first_block=lease.first_block,
+                max_message_bytes=min(lease.max_message_bytes, self.kit.staging.nbytes),
+            ),
+        )
+
+    def _cancel(self, sequence_id: int, reason: str) -> None:
+        prompt = self._prompts.get(sequence_id)
+        if prompt is not None:
+            prompt.task.cancel(reason)
+
+    def _written(self, pieces: list[tuple[int, Piece]]) -> None:
+        for sequence_id, piece in pieces:
+            if prompt := self._prompts.get(sequence_id):
+                prompt.sender.written(piece)
+
+    def _admitted(self, event: Admitted) -> None:
+        prompt = self._prompts.get(event.sequence_id)
+        if prompt is None:
+            return
+        prompt.admitted = time.monotonic()
+        prompt.cached_tokens = event.cached_tokens
+        prompt.span = self.telemetry.start_span(
+            "prefill",
+            parent=TraceContext.parse(prompt.spec.traceparent),
+            attributes={
+                "kvrelay.worker": self.host.config.name,
+                "kvrelay.prompt_tokens": len(prompt.spec.tokens),
+                "kvrelay.cached_tokens": event.cached_tokens,
+            },
+        )
+        prompt.sender.admitted(event.blocks, event.cached_blocks, context_of(prompt.span))
+        self.host.send(
+            pb.WorkerMessage(
+                sequence_started=pb.SequenceStarted(
+                    sequence_id=event.sequence_id,
+                    cached_tokens=event.cached_tokens,
+                    queue_seconds=prompt.admitted - prompt.submitted,
+                ),
+            ),
+        )
+
+    def _first_token(self, event: FirstToken) -> list[pb.TokenRun]:
+        prompt = self._prompts.get(event.sequence_id)
+        if prompt is None:
+            return []
+        prompt.prefill_s = time.monotonic() - prompt.admitted
+        if prompt.span is not None:
+            prompt.span.end()
+            prompt.span = None
+        if event.finish is None:
+            prompt.sender.computed(FirstOutput(event.token, prompt.cached_tokens))
+        else:
+            prompt.sender.release()  # the answer is one token: nobody needs the KV
+        return [token_run(event.sequence_id, prompt.spec.output_offset, event.token, event.finish)]
+
+    def _sent(self, sequence_id: int, sent: Sent) -> None:
+        prompt = self._prompts[sequence_id]
+        self._bandwidth = sent.bytes / max(sent.seconds, 1e-9)
+        self.host.send(
+            pb.WorkerMessage(
+                kv_sent=pb.KvSent(
+                    sequence_id=sequence_id,
+                    bytes=sent.bytes,
+                    messages=sent.messages,
+                    seconds=sent.seconds,
+                    prefill_seconds=prompt.prefill_s,
+                    transport=sent.transport,
+                ),
+            ),
+        )
+
+
+def _end(span: Span, error: BaseException | None) -> None:
+    if error is not None:
+        span.set_attribute("error.type", getattr(error, "code", type(error).__name__))
+        span.set_status(StatusCode.ERROR)
+    span.end()

@@ -1,0 +1,48 @@
+"""A worker's KV plane, started from its settings."""
+
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_transfer.frames import HEADER_SIZE
+from kvrelay_transfer.kit import TransferKit
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.staging import Allocator, StagingBuffers, page_aligned
+from kvrelay_transfer.transport import create_transport
+
+
+async def make_kit(
+    transport: str,
+    layout: pb.KvLayout,
+    *,
+    staging_count: int,
+    staging_bytes: int,
+    allocate: Allocator = page_aligned,
+) -> TransferKit:
+    """Start the transport and allocate staging buffers.
+
+    Args:
+        transport: URI, or just its scheme.
+        layout: of the blocks this worker holds.
+        staging_count: transfers that can be under way at once.
+        staging_bytes: size of one buffer; raised to what one block of one layer needs.
+
+    Raises:
+        TransportMisconfigured: the environment leaves no usable transport.
+    """
+    ours = layout_from_message(layout)
+    uri = transport if "://" in transport else f"{transport}://"
+    endpoint = create_transport(uri)
+    await endpoint.start()
+    nbytes = max(staging_bytes, HEADER_SIZE + ours.layer_block_bytes)
+    return TransferKit(endpoint, StagingBuffers(staging_count, nbytes, allocate), ours)
+
+
+def layout_from_message(message: pb.KvLayout) -> KvLayout:
+    """The layout manifest of a hello."""
+    return KvLayout(
+        model_fingerprint=message.model_fingerprint,
+        dtype=message.dtype,
+        block_size=message.block_size,
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        protocol_version=message.protocol_version,
+    )
