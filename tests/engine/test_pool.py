@@ -1,0 +1,122 @@
+"""The pool's tensors, their size, and the wire layout."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from kvrelay_engine.cache.pool import KVPool
+from kvrelay_engine.cache.sizing import kv_bytes_per_block
+from kvrelay_engine.models.weights import load_model_config
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def make_pool(dtype=torch.float32, device="cpu", num_blocks=7, fill=True):
+    config = load_model_config(tiny_model("llama3"))
+    pool = KVPool(
+        config, num_blocks=num_blocks, block_size=4, device=torch.device(device), dtype=dtype
+    )
+    if fill:
+        torch.manual_seed(0)
+        pool.tensor.copy_(torch.randn(pool.tensor.shape))
+    return pool
+
+
+def gathered(pool, first, end, blocks, valid):
+    out = bytearray(b"\xff" * pool.wire_bytes(first, end, len(blocks)))
+    pool.gather(first, end, blocks, memoryview(out), valid)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_agree(dtype):
+    pool = make_pool(dtype)
+    assert pool.tensor.shape == (3, 2, 7, 4, 2, 16)
+    assert pool.tensor.nbytes == 7 * pool.bytes_per_block
+    config = load_model_config(tiny_model("llama3"))
+    assert pool.bytes_per_block == kv_bytes_per_block(config, 4, dtype.itemsize)
+    assert pool.wire_bytes(0, 3, 2) == 2 * pool.bytes_per_block
+    assert 3 * pool.wire_bytes(1, 2, 5) == 5 * pool.bytes_per_block
+
+
+def test_a_fresh_pool_is_zero():
+    assert not make_pool(fill=False).tensor.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("first", "end"), [(0, 3), (1, 2), (0, 1), (1, 3)])
+def test_the_wire_layout_is_row_major_in_block_order(first, end, dtype, device):
+    pool = make_pool(dtype, device)
+    blocks = [5, 0, 3]
+    data = gathered(pool, first, end, blocks, 4)
+    expected = pool.tensor.cpu()[first:end][:, :, blocks].contiguous()
+    assert data == expected.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("valid", [1, 3, 4])
+def test_the_tail_of_a_partial_block_is_zero_on_the_wire_only(valid, device):
+    pool = make_pool(device=device)
+    before = pool.tensor.clone()
+    data = gathered(pool, 0, 3, [2, 6], valid)
+    wire = torch.frombuffer(bytearray(data), dtype=torch.float32).view(3, 2, 2, 4, 2, 16)
+    assert not wire[:, :, 1, valid:].any()
+    assert torch.equal(wire[:, :, 1, :valid], before.cpu()[:, :, 6, :valid])
+    assert torch.equal(wire[:, :, 0], before.cpu()[:, :, 2])
+    assert torch.equal(pool.tensor, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scatter_is_the_inverse_of_gather_into_other_blocks(dtype, device):
+    source, target = make_pool(dtype, device), make_pool(dtype, device, num_blocks=9)
+    before = target.tensor.clone()
+    for first, end in ((0, 2), (2, 3)):
+        payload = gathered(source, first, end, [1, 4, 6], 4)
+        target.scatter(first, end, [8, 0, 3], memoryview(payload))
+    assert torch.equal(target.tensor[:, :, [8, 0, 3]], source.tensor[:, :, [1, 4, 6]])
+    rest = [1, 2, 4, 5, 6, 7]
+    assert torch.equal(target.tensor[:, :, rest], before[:, :, rest])
+
+
+def test_buffers_may_be_tensors_or_unaligned_views():
+    pool = make_pool(torch.bfloat16)
+    size = pool.wire_bytes(0, 3, 2)
+    plain = gathered(pool, 0, 3, [0, 1], 2)
+    tensor = torch.empty(size, dtype=torch.uint8)
+    pool.gather(0, 3, [0, 1], tensor, 2)
+    assert tensor.numpy().tobytes() == plain
+    framed = bytearray(size + 5)
+    pool.gather(0, 3, [0, 1], memoryview(framed)[3 : 3 + size], 2)
+    assert bytes(framed[3 : 3 + size]) == plain
+    other = make_pool(torch.bfloat16, fill=False)
+    other.scatter(0, 3, [5, 2], memoryview(framed)[3 : 3 + size])
+    again = make_pool(torch.bfloat16, fill=False)
+    again.scatter(0, 3, [5, 2], tensor)
+    assert torch.equal(other.tensor, again.tensor)
+    assert other.tensor.any()
+
+
+def test_wrong_arguments_are_named():
+    pool = make_pool()
+    buffer = memoryview(bytearray(pool.wire_bytes(0, 3, 1)))
+    with pytest.raises(ValueError, match="0 valid tokens in a block of 4"):
+        pool.gather(0, 3, [0], buffer, 0)
+    with pytest.raises(ValueError, match="5 valid tokens"):
+        pool.gather(0, 3, [0], buffer, 5)
+    for first, end in ((0, 4), (2, 2), (-1, 1)):
+        with pytest.raises(ValueError, match=rf"layers \[{first}, {end}\) of 3"):
+            pool.gather(first, end, [0], buffer, 4)
+    for blocks in ([], [7], [-1]):
+        with pytest.raises(ValueError, match=r"outside 0\.\.6"):
+            pool.gather(0, 3, blocks, buffer, 4)
+        with pytest.raises(ValueError, match=r"outside 0\.\.6"):
+            pool.scatter(0, 3, blocks, buffer)
+    with pytest.raises(ValueError, match="the buffer is"):
+        pool.gather(0, 3, [0], buffer[:-1], 4)
+    with pytest.raises(ValueError, match="the buffer is"):
+        pool.scatter(0, 2, [0], buffer)
+    with pytest.raises(ValueError, match="named twice"):
+        pool.scatter(0, 3, [1, 1], memoryview(bytes(2 * len(buffer))))
