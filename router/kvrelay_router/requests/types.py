@@ -27,6 +27,8 @@ class ValidRequest:
     """W3C context of the caller, if any."""
     force_path: "PathKind | None" = None
     """For tests and measurements: place on this path or fail."""
+    operation: str = "chat"
+    """What the client asked for, in the words of OpenTelemetry's `gen_ai.operation.name`."""
 
 
 class PathKind(StrEnum):

@@ -1,0 +1,169 @@
+"""Who has joined: admission of workers, their loss, and the word about both to the request service."""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import InvalidRequest, LayoutMismatch, Unauthorized
+from kvrelay_router.config import RouterConfig
+from kvrelay_router.fleet.worker_link import WorkerLink
+from kvrelay_router.requests.placement import WorkerState
+
+PROTOCOL_VERSION = 1
+MAX_NAME_LENGTH = 128
+MIN_SILENCE_S = 3.0
+"""A busy machine may delay a heartbeat; below this silence is not a sign of anything."""
+MISSED_HEARTBEATS = 3
+LAYOUT_FIELDS = (
+    "model_fingerprint",
+    "dtype",
+    "block_size",
+    "num_layers",
+    "num_kv_heads",
+    "head_dim",
+    "protocol_version",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class FleetListener(Protocol):
+    """Who hears about workers. Called on the event loop; must neither block nor raise."""
+
+    def worker_joined(self, link: WorkerLink) -> None: ...
+
+    def worker_lost(self, link: WorkerLink, why: str) -> None:
+        """The link is out of the registry already."""
+
+    def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
+        """Anything but hello; a heartbeat's load is in `link.load` already."""
+
+
+class WorkerRegistry:
+    """The joined workers by name. All methods run on one event loop and none of them waits."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.listener: FleetListener | None = None
+        self._config = config
+        self._clock = clock
+        self._links: dict[str, WorkerLink] = {}
+        self._last_sweep = clock()
+
+    @property
+    def links(self) -> tuple[WorkerLink, ...]:
+        return tuple(self._links.values())
+
+    def get(self, name: str) -> WorkerLink | None:
+        return self._links.get(name)
+
+    def states(self) -> list[WorkerState]:
+        return [link.state for link in self._links.values()]
+
+    def join(self, hello: pb.Hello) -> WorkerLink:
+        """Admit a worker; one of the same name is replaced and counts as lost.
+
+        Raises:
+            Unauthorized: wrong join token.
+            InvalidRequest: no name or no role.
+            LayoutMismatch: it could not work with the router or with the workers already here.
+        """
+        self._check(hello)
+        previous = self._links.get(hello.worker_name)
+        if previous is not None:
+            self.lose(previous, f"replaced by incarnation {hello.incarnation:016x}")
+        link = WorkerLink(hello, now=self._clock())
+        self._links[link.name] = link
+        logger.info("worker joined", extra={"worker": link.name, "role": link.role.value})
+        if self.listener:
+            self.listener.worker_joined(link)
+        return link
+
+    def lose(self, link: WorkerLink, why: str) -> None:
+        """Take a worker out and tell the listener at once. Idempotent."""
+        if link.lost.done():
+            return
+        link.lost.set_result(why)
+        if self._links.get(link.name) is link:
+            del self._links[link.name]
+        logger.warning("worker lost", extra={"worker": link.name, "why": why})
+        if self.listener:
+            self.listener.worker_lost(link, why)
+
+    def send(self, name: str, message: pb.RouterMessage) -> None:
+        """Queue a message for a worker; one that can't keep up is given up."""
+        link = self._links.get(name)
+        if link is None or link.overflowed:
+            return
+        if not link.send(message):
+            # Not from within the listener's own call: the caller is in the middle of its work.
+            asyncio.get_running_loop().call_soon(
+                self.lose,
+                link,
+                "it does not read its messages",
+            )
+
+    def received(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
+        """A message of a joined worker; any counts as a sign of life."""
+        if link.lost.done():
+            return
+        link.last_seen = self._clock()
+        kind = message.WhichOneof("message")
+        if kind == "heartbeat":
+            link.report(message.heartbeat.load)
+        elif kind == "drained":
+            link.draining = True
+        if self.listener:
+            self.listener.worker_message(link, message)
+
+    @property
+    def silence_limit_s(self) -> float:
+        return max(MIN_SILENCE_S, MISSED_HEARTBEATS * self._config.heartbeat_s)
+
+    def sweep(self) -> None:
+        """Give up workers that fell silent (a stopped process keeps its connection)."""
+        now = self._clock()
+        pause, self._last_sweep = now - self._last_sweep, now
+        if pause > self.silence_limit_s / 2:
+            # It was this process that slept: what the workers sent meanwhile is still unread.
+            for link in self._links.values():
+                link.last_seen = now
+            return
+        for link in self.links:
+            silent = now - link.last_seen
+            if silent > self.silence_limit_s:
+                self.lose(link, f"no sign of life for {silent:.1f} s")
+
+    def _check(self, hello: pb.Hello) -> None:
+        expected, given = self._config.join_token.encode(), hello.join_token.encode()
+        if expected and not hmac.compare_digest(expected, given):
+            raise Unauthorized("join_token: not the one this router was started with")
+        if not 0 < len(hello.worker_name) <= MAX_NAME_LENGTH:
+            raise InvalidRequest(
+                f"worker_name: needs 1 to {MAX_NAME_LENGTH} characters, has {len(hello.worker_name)}",
+            )
+        if hello.role not in {pb.ROLE_PREFILL, pb.ROLE_DECODE}:
+            raise InvalidRequest(f"role: {hello.role} is neither prefill nor decode")
+        _same("protocol_version", hello.protocol_version, PROTOCOL_VERSION, "the router")
+        _same("model", hello.model, self._config.model_name, "the router")
+        for link in self._links.values():
+            if link.name == hello.worker_name:
+                continue  # about to be replaced
+            _same("transport", hello.transport, link.transport, link.name)
+            for field in LAYOUT_FIELDS:
+                mine, theirs = getattr(hello.kv_layout, field), getattr(link.kv_layout, field)
+                _same(f"kv_layout.{field}", mine, theirs, link.name)
+            break  # all that joined are equal
+
+
+def _same(field: str, worker: object, other: object, whose: str) -> None:
+    if worker != other:
+        raise LayoutMismatch(f"{field}: this worker has {worker!r}, {whose} has {other!r}")

@@ -1,0 +1,167 @@
+"""The gRPC end of the Join stream: bytes in, registry calls; queued messages, bytes out."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol import fleet_pb2_grpc
+from kvrelay_protocol.errors import KvrelayError, PortInUse, error_to_wire
+from kvrelay_router.config import RouterConfig
+from kvrelay_router.fleet.registry import WorkerRegistry
+from kvrelay_router.fleet.worker_link import WorkerLink
+
+HELLO_TIMEOUT_S = 5.0
+SWEEP_S = 0.25
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # The failure detector for a host that vanishes; a killed process closes its socket by itself.
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Workers ping as often; without these two the server would answer with GOAWAY.
+    ("grpc.http2.min_ping_interval_without_data_ms", 300),
+    ("grpc.http2.max_ping_strikes", 0),
+    # A port in use is an error, not a share of somebody else's connections.
+    ("grpc.so_reuseport", 0),
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _Call(Protocol):
+    """The part of grpc.aio's ServicerContext that is used here."""
+
+    async def write(self, message: pb.RouterMessage) -> None: ...
+
+    async def abort(self, code: grpc.StatusCode, details: str = "") -> Any: ...
+
+
+class FleetServicer(fleet_pb2_grpc.FleetServicer):
+    """One `Join` call per worker. Owns nothing: links belong to the registry."""
+
+    def __init__(self, registry: WorkerRegistry, *, router_id: str, heartbeat_s: float) -> None:
+        self._registry = registry
+        self._welcome = pb.RouterMessage(
+            welcome=pb.Welcome(router_id=router_id, heartbeat_seconds=heartbeat_s),
+        )
+
+    async def Join(self, requests: AsyncIterator[pb.WorkerMessage], context: _Call) -> None:  # noqa: N802 - the name in fleet.proto
+        try:
+            hello = await asyncio.wait_for(_hello(requests), HELLO_TIMEOUT_S)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello arrived")
+            return
+        if hello is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
+            return
+        try:
+            link = self._registry.join(hello)
+        except KvrelayError as error:
+            await context.write(_refused(error))
+            return
+        try:
+            why = await self._serve(link, requests, context)
+        finally:
+            self._registry.lose(link, "its stream ended")
+        if why is not None:
+            await context.abort(grpc.StatusCode.ABORTED, why)
+
+    async def _serve(
+        self,
+        link: WorkerLink,
+        requests: AsyncIterator[pb.WorkerMessage],
+        context: _Call,
+    ) -> str | None:
+        """Run until the stream ends (None) or the registry gives the worker up (the reason)."""
+        await context.write(self._welcome)
+        tasks = (
+            asyncio.create_task(self._read(link, requests), name=f"read {link.name}"),
+            asyncio.create_task(_write(link, context), name=f"write {link.name}"),
+        )
+        try:
+            ends: tuple[asyncio.Future[Any], ...] = (*tasks, link.lost)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return link.lost.result() if link.lost.done() else None
+
+    async def _read(self, link: WorkerLink, requests: AsyncIterator[pb.WorkerMessage]) -> None:
+        async for message in requests:
+            self._registry.received(link, message)
+
+
+async def _hello(requests: AsyncIterator[pb.WorkerMessage]) -> pb.Hello | None:
+    async for message in requests:
+        return message.hello if message.WhichOneof("message") == "hello" else None
+    return None
+
+
+async def _write(link: WorkerLink, context: _Call) -> None:
+    while True:
+        await context.write(await link.next_outgoing())
+
+
+def _refused(error: KvrelayError) -> pb.RouterMessage:
+    wire = error_to_wire(error)
+    return pb.RouterMessage(
+        refused=pb.Refused(error=pb.Error(code=wire.code, message=wire.message)),
+    )
+
+
+class FleetServer:
+    """The listening gRPC server and the sweep for silent workers."""
+
+    def __init__(self, server: grpc.aio.Server, registry: WorkerRegistry, port: int) -> None:
+        self.port = port
+        self._server = server
+        self._registry = registry
+        self._sweeper = asyncio.create_task(self._sweep(), name="sweep for silent workers")
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Close every Join call, after at most `grace_s` for workers to leave by themselves."""
+        self._sweeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._sweeper
+        await self._server.stop(grace_s)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._registry.sweep()
+
+
+async def create_fleet_server(
+    config: RouterConfig,
+    registry: WorkerRegistry,
+    *,
+    router_id: str,
+) -> FleetServer:
+    """Bind, start, and return the server with its actual port.
+
+    Raises:
+        PortInUse: another process listens on `config.join_port`.
+    """
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    servicer = FleetServicer(registry, router_id=router_id, heartbeat_s=config.heartbeat_s)
+    fleet_pb2_grpc.add_FleetServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    address = f"{config.join_host}:{config.join_port}"
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise PortInUse(f"can't listen for workers on {address}: is the port in use?") from error
+    if port == 0:
+        raise PortInUse(f"can't listen for workers on {address}: is the port in use?")
+    await server.start()
+    return FleetServer(server, registry, port)

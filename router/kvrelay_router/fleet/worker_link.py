@@ -1,0 +1,135 @@
+"""One joined worker: what it said about itself, what it was sent, and the way to send it more."""
+
+import asyncio
+
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_router.requests.placement import Role, WorkerState, blocks_needed
+
+OUTGOING_LIMIT = 1024
+"""Messages that may wait for one worker; one more and it counts as lost."""
+
+
+class PendingWork:
+    """What the router has put on a worker that the worker's last report can't contain.
+
+    ```
+    dispatched ──► granted (the worker holds blocks for it) ──► contained in the next report
+         └────────────── gone (finished, failed, cancelled) ──────────────┘
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._dispatched: dict[int, tuple[int, int]] = {}
+        self._granted: dict[int, tuple[int, int]] = {}
+        self.blocks = 0
+        self.tokens = 0
+
+    @property
+    def ungranted(self) -> int:
+        return len(self._dispatched)
+
+    def dispatch(self, sequence_id: int, *, blocks: int, tokens: int) -> None:
+        self._dispatched[sequence_id] = (blocks, tokens)
+        self.blocks += blocks
+        self.tokens += tokens
+
+    def grant(self, sequence_id: int) -> bool:
+        """Returns whether the sequence was waiting for it."""
+        size = self._dispatched.pop(sequence_id, None)
+        if size is None:
+            return False
+        self._granted[sequence_id] = size
+        return True
+
+    def gone(self, sequence_id: int) -> None:
+        size = self._dispatched.pop(sequence_id, None) or self._granted.pop(sequence_id, None)
+        if size:
+            self._subtract(size)
+
+    def reported(self) -> None:
+        """A report arrived: what was granted before it is contained in it."""
+        for size in self._granted.values():
+            self._subtract(size)
+        self._granted.clear()
+
+    def _subtract(self, size: tuple[int, int]) -> None:
+        self.blocks -= size[0]
+        self.tokens -= size[1]
+
+
+class WorkerLink:
+    """Owned by the registry. Dropping it (`WorkerRegistry.lose`) ends the Join call that feeds it."""
+
+    def __init__(self, hello: pb.Hello, *, now: float) -> None:
+        self.name = hello.worker_name
+        self.incarnation = hello.incarnation
+        self.role = Role.PREFILL if hello.role == pb.ROLE_PREFILL else Role.DECODE
+        self.model = hello.model
+        self.kv_layout = hello.kv_layout
+        self.transport = hello.transport
+        self.transport_address = hello.transport_address
+        self.protocol_version = hello.protocol_version
+        self.software_version = hello.software_version
+        self.max_model_len = hello.max_model_len
+        self.device = hello.device
+        self.load = hello.load
+        self.draining = False
+        self.last_seen = now
+        self.pending = PendingWork()
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Resolved, with the reason, by the registry alone."""
+        self.overflowed = False
+        self._outgoing: asyncio.Queue[pb.RouterMessage] = asyncio.Queue(OUTGOING_LIMIT)
+
+    def send(self, message: pb.RouterMessage) -> bool:
+        """Put a message in line; never waits.
+
+        Returns:
+            Whether there was room. Where there was none, the worker must be given up.
+        """
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            self.overflowed = True
+            return False
+        return True
+
+    async def next_outgoing(self) -> pb.RouterMessage:
+        return await self._outgoing.get()
+
+    @property
+    def outgoing_empty(self) -> bool:
+        return self._outgoing.empty()
+
+    def dispatch(self, sequence_id: int, tokens: int) -> None:
+        """Account for a sequence that was just submitted."""
+        blocks = blocks_needed(tokens, self.block_size)
+        self.pending.dispatch(sequence_id, blocks=blocks, tokens=tokens)
+
+    def report(self, load: pb.Load) -> None:
+        self.load = load
+        self.pending.reported()
+
+    @property
+    def block_size(self) -> int:
+        return max(1, self.kv_layout.block_size)
+
+    @property
+    def state(self) -> WorkerState:
+        """What placement needs to know, as of now."""
+        load = self.load
+        return WorkerState(
+            name=self.name,
+            role=self.role,
+            block_size=self.block_size,
+            total_blocks=load.total_blocks,
+            available_blocks=load.free_blocks + load.cached_blocks,
+            running=load.running,
+            waiting=load.waiting,
+            backlog_tokens=load.backlog_tokens,
+            tokens_per_second=load.prefill_tokens_per_second,
+            pending_blocks=self.pending.blocks,
+            pending_tokens=self.pending.tokens,
+            ungranted=self.pending.ungranted,
+            draining=self.draining or self.overflowed,
+        )

@@ -1,0 +1,822 @@
+"""The life of one request as a pure state machine: an event in, a list of actions out.
+
+```
+RECEIVED ──► QUEUED / PARKED ──► PLACED ──► PREFILLING ──► TRANSFERRING ──► DECODING ──► FINISHED
+    │                              ▲  │           │              │              │
+    └──────── place at once ───────┘  └───────────┴── lost ──────┴──────────────┤
+                                   ▲                                            │
+                                   └──────────────── REPLAYING ◄────────────────┘
+any state ──► FAILED (typed error) or CANCELLED (client gone)
+```
+
+There is no clock, no socket and no task in here: events carry their time, actions are carried out by
+`service.py`. What an attempt still owes to a worker is two flags:
+
+```
+prefill_open   SubmitPrefill ... until ReleaseKv or Cancel is sent, or P failed or was lost
+decode_open    SubmitDecode  ... until Cancel is sent, or D finished, failed or was lost
+```
+
+Whatever ends an attempt cancels exactly the open ones. Output tokens are numbered over all attempts; a
+token is accepted only from the current attempt and only as the next number, so that a client sees each
+once.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from kvrelay_protocol.errors import (
+    ClientGone,
+    CorruptFrame,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    KvrelayError,
+    LeaseLost,
+    NoCapacity,
+    TransferError,
+    WorkerLost,
+)
+from kvrelay_protocol.fleet_pb2 import Lease
+from kvrelay_router.requests.types import (
+    Failed,
+    Finished,
+    FinishReason,
+    Path,
+    PathKind,
+    Placed,
+    Queued,
+    RequestEvent,
+    RequestStats,
+    Resumed,
+    Started,
+    Tokens,
+    ValidRequest,
+)
+
+MAX_RESENDS = 2
+"""KV frames that failed their digest are sent again this often before the attempt is given up."""
+
+RETRYABLE = (WorkerLost, LeaseLost, Draining, TransferError)
+"""A worker's failure of these kinds says nothing about the request: another attempt may work."""
+
+
+class State(StrEnum):
+    """Where a request is. The last three are terminal."""
+
+    RECEIVED = "received"
+    QUEUED = "queued"
+    PARKED = "parked"
+    PLACED = "placed"
+    PREFILLING = "prefilling"
+    TRANSFERRING = "transferring"
+    DECODING = "decoding"
+    REPLAYING = "replaying"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})
+_UNPLACED = frozenset({State.RECEIVED, State.QUEUED, State.PARKED})
+_PROGRESS = (State.PLACED, State.PREFILLING, State.TRANSFERRING, State.DECODING)
+
+
+# ---- events: `at` is a monotonic time in seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The request passed admission; ask for a place."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NoPlace:
+    """No worker can take the request now."""
+
+    at: float
+    position: int
+    eta_s: float | None
+    parked: bool
+    """No decode worker is there at all (as opposed to: all are full)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceFound:
+    """Workers for the next attempt, which both workers will know as `sequence_id`."""
+
+    at: float
+    sequence_id: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceTimedOut:
+    """The wait that `FindPlace` allowed for this attempt is over."""
+
+    at: float
+    attempt: int
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStarted:
+    """A worker begins to compute."""
+
+    at: float
+    sequence_id: int
+    worker: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted:
+    """The decode worker reserved blocks; the prefill worker may push into them."""
+
+    at: float
+    sequence_id: int
+    worker: str
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class TokensArrived:
+    """New output tokens of one sequence; `finish` where the last of them ends the answer."""
+
+    at: float
+    sequence_id: int
+    worker: str
+    first_index: int
+    tokens: tuple[int, ...]
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class KvSent:
+    """The prefill worker's last KV message left."""
+
+    at: float
+    sequence_id: int
+    worker: str
+    bytes: int
+    seconds: float
+    prefill_seconds: float
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvReceived:
+    """The decode worker has and verified every KV block and the handover record."""
+
+    at: float
+    sequence_id: int
+    worker: str
+    bytes: int
+    seconds: float
+    exposed_seconds: float
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvMissing:
+    """KV messages that failed their digest."""
+
+    at: float
+    sequence_id: int
+    worker: str
+    messages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailed:
+    """A worker gave the sequence up; it holds nothing of it any more."""
+
+    at: float
+    sequence_id: int
+    worker: str
+    error: KvrelayError
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """A worker's stream broke or fell silent."""
+
+    at: float
+    worker: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineReached:
+    """The request's time is up."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCancelled:
+    """Nobody is left to answer."""
+
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedEarly:
+    """The edge found a stop string: the answer is complete."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShutDown:
+    """The drain's grace is over."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A defect of ours hit this request; `what` is fit for the client."""
+
+    at: float
+    what: str
+
+
+WorkerEvent = (
+    SequenceStarted
+    | LeaseGranted
+    | TokensArrived
+    | KvSent
+    | KvReceived
+    | KvMissing
+    | SequenceFailed
+)
+Event = (
+    WorkerEvent
+    | Admitted
+    | NoPlace
+    | PlaceFound
+    | PlaceTimedOut
+    | WorkerGone
+    | DeadlineReached
+    | ClientCancelled
+    | StoppedEarly
+    | ShutDown
+    | Broken
+)
+
+
+# ---- actions
+
+
+@dataclass(frozen=True, slots=True)
+class FindPlace:
+    """Find workers; answer with `PlaceFound`, or `NoPlace` and within `wait_s` one of the others."""
+
+    attempt: int
+    wait_s: float
+    local_only: bool = False
+    """KV of this request failed to arrive before: let the decode worker compute it."""
+    avoid: frozenset[str] = frozenset()
+    """Workers to prefer others over."""
+    cause: str | None = None
+    """Error code that ended the attempt before, or None for the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What both workers are told of one attempt; `tokens` ends with the `output_offset` emitted ones."""
+
+    sequence_id: int
+    tokens: tuple[int, ...]
+    output_offset: int
+    max_tokens: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitDecode:
+    """Dispatch to the decode worker."""
+
+    worker: str
+    attempt: Attempt
+    expect_kv: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitPrefill:
+    """Dispatch to the prefill worker."""
+
+    worker: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTransfer:
+    """Hand the decode worker's lease to the prefill worker."""
+
+    worker: str
+    sequence_id: int
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class ResendKv:
+    """Ask the prefill worker for messages that arrived corrupt."""
+
+    worker: str
+    sequence_id: int
+    messages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseKv:
+    """The decode worker has everything: the prefill worker may let go."""
+
+    worker: str
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drop the sequence and whatever it holds."""
+
+    worker: str
+    sequence_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """An event for the client's stream."""
+
+    event: RequestEvent
+
+
+WorkerAction = SubmitDecode | SubmitPrefill | OpenTransfer | ResendKv | ReleaseKv | Cancel
+Action = WorkerAction | FindPlace | Emit
+
+
+# ---- the machine
+
+
+@dataclass(slots=True)
+class _Run:
+    """The attempt in progress (or the last one, with nothing open)."""
+
+    number: int
+    sequence_id: int
+    path: Path
+    offset: int
+    placed_at: float
+    prefill_open: bool
+    decode_open: bool = True
+    live: bool = True
+    """Its messages still count."""
+    started_at: float | None = None
+    lease_opened: bool = False
+    resends: int = 0
+    held: list[int] = field(default_factory=list)
+    """Output of D from `offset + 1` on that overtook P's first token (two streams, no common order)."""
+    held_finish: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class _Measured:
+    """What the statistics need; zeros where a stage did not happen."""
+
+    queue_s: float = 0.0
+    first_token_at: float | None = None
+    cached_tokens: int = 0
+    prefill_s: float = 0.0
+    kv_transfer_s: float = 0.0
+    kv_exposed_s: float = 0.0
+    kv_bytes: int = 0
+    kv_transport: str = ""
+
+
+class RequestMachine:
+    """One request. Owned by the service; nothing else may call `handle`."""
+
+    def __init__(
+        self,
+        request: ValidRequest,
+        *,
+        received_at: float,
+        max_replays: int,
+        queue_timeout_s: float,
+        replay_wait_s: float,
+    ) -> None:
+        self.request = request
+        self.state = State.RECEIVED
+        self.emitted: list[int] = []
+        self._received_at = received_at
+        self._deadline_at = received_at + request.deadline_s
+        self._max_replays = max_replays
+        self._queue_timeout_s = queue_timeout_s
+        self._replay_wait_s = replay_wait_s
+        self._run: _Run | None = None
+        self._measured = _Measured()
+        self._started = False
+        self._local_only = False
+        self._cause: KvrelayError | None = None
+        self._gap_from: float | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The path of the current or last attempt."""
+        return self._run.path if self._run else None
+
+    @property
+    def replays(self) -> int:
+        return self._run.number if self._run else 0
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take one event; what is late, foreign or repeated yields nothing."""
+        if self.state.terminal:
+            return []
+        match event:
+            case TokensArrived():
+                return self._tokens(event) if self._current(event) else []
+            case SequenceStarted():
+                return self._sequence_started(event) if self._current(event) else []
+            case LeaseGranted():
+                return self._lease_granted(event) if self._current(event) else []
+            case KvSent():
+                return self._kv_sent(event) if self._current(event) else []
+            case KvReceived():
+                return self._kv_received(event) if self._current(event) else []
+            case KvMissing():
+                return self._kv_missing(event) if self._current(event) else []
+            case SequenceFailed():
+                return self._sequence_failed(event) if self._current(event) else []
+            case WorkerGone():
+                return self._worker_gone(event)
+            case Admitted():
+                return self._admitted()
+            case NoPlace():
+                return self._no_place(event)
+            case PlaceFound():
+                return self._place_found(event)
+            case PlaceTimedOut():
+                return self._place_timed_out(event)
+            case DeadlineReached():
+                return self._deadline_reached()
+            case ClientCancelled():
+                return self._client_cancelled(event.reason)
+            case StoppedEarly():
+                return self._stopped_early(event)
+            case ShutDown():
+                return self._end(State.FAILED, Draining("the server is shutting down"), "shutdown")
+            case Broken():
+                return self._end(State.FAILED, InternalError(event.what), "failed")
+
+    # ---- placing
+
+    def _admitted(self) -> list[Action]:
+        if self.state is not State.RECEIVED or self._run:
+            return []
+        return [FindPlace(0, self._queue_timeout_s)]
+
+    def _no_place(self, event: NoPlace) -> list[Action]:
+        if self.state not in _UNPLACED:
+            return []
+        self.state = State.PARKED if event.parked else State.QUEUED
+        return [Emit(Queued(event.position, event.eta_s))]
+
+    def _place_found(self, event: PlaceFound) -> list[Action]:
+        if self.state not in _UNPLACED and self.state is not State.REPLAYING:
+            return []
+        number = 0
+        if self._run is None:
+            self._measured.queue_s = event.at - self._received_at
+        else:
+            number = self._run.number + 1
+        path = event.path
+        offset = len(self.emitted)
+        self._run = _Run(
+            number,
+            event.sequence_id,
+            path,
+            offset,
+            placed_at=event.at,
+            prefill_open=path.prefill_worker is not None,
+        )
+        self.state = State.PLACED
+        attempt = Attempt(
+            event.sequence_id,
+            self.request.prompt_tokens + tuple(self.emitted),
+            offset,
+            self.request.max_tokens - offset,
+            max(0.0, self._deadline_at - event.at),
+        )
+        actions: list[Action] = [
+            Emit(Placed(path, number)),
+            SubmitDecode(path.decode_worker, attempt, expect_kv=path.prefill_worker is not None),
+        ]
+        if path.prefill_worker is not None:
+            actions.append(SubmitPrefill(path.prefill_worker, attempt))
+        return actions
+
+    def _place_timed_out(self, event: PlaceTimedOut) -> list[Action]:
+        if self.state in _UNPLACED and event.attempt == 0:
+            error: KvrelayError = NoCapacity(
+                f"no worker took the request within {self._queue_timeout_s:g} s",
+                retry_after_s=event.retry_after_s,
+            )
+        elif self.state is State.REPLAYING and event.attempt == self.replays + 1:
+            error = WorkerLost(
+                f"{self._cause}; no other worker took the request over within {self._replay_wait_s:g} s",
+            )
+        else:
+            return []
+        return self._end(State.FAILED, error, "failed")
+
+    # ---- messages of the current attempt
+
+    def _current(self, event: WorkerEvent) -> _Run | None:
+        """The attempt this event belongs to, if it is the one in progress."""
+        run = self._run
+        if run is None or not run.live or event.sequence_id != run.sequence_id:
+            return None
+        if event.worker not in {run.path.decode_worker, run.path.prefill_worker}:
+            return None
+        return run
+
+    def _attempt(self) -> _Run:
+        if self._run is None:
+            raise AssertionError("only called for messages of the current attempt")
+        return self._run
+
+    def _sequence_started(self, event: SequenceStarted) -> list[Action]:
+        run = self._attempt()
+        computes_prompt = run.path.prefill_worker or run.path.decode_worker
+        if event.worker != computes_prompt:
+            return []
+        run.started_at = event.at
+        self._advance(State.PREFILLING)
+        return self._start(event.cached_tokens)
+
+    def _start(self, cached_tokens: int) -> list[Action]:
+        if self._started:
+            return []
+        self._started = True
+        self._measured.cached_tokens = cached_tokens
+        return [Emit(Started(cached_tokens))]
+
+    def _lease_granted(self, event: LeaseGranted) -> list[Action]:
+        run = self._attempt()
+        if event.worker != run.path.decode_worker or not run.prefill_open or run.lease_opened:
+            return []
+        run.lease_opened = True
+        return [OpenTransfer(self._prefill_worker(run), run.sequence_id, event.lease)]
+
+    def _kv_sent(self, event: KvSent) -> list[Action]:
+        self._measured.prefill_s = event.prefill_seconds
+        self._advance(State.TRANSFERRING)
+        return []
+
+    def _kv_received(self, event: KvReceived) -> list[Action]:
+        run = self._attempt()
+        if event.worker != run.path.decode_worker or run.path.kind is PathKind.LOCAL:
+            return []
+        self._measured.kv_bytes += event.bytes
+        self._measured.kv_transfer_s = event.seconds
+        self._measured.kv_exposed_s = event.exposed_seconds
+        self._measured.kv_transport = event.transport
+        self._advance(State.DECODING)
+        if not run.prefill_open:
+            return []
+        run.prefill_open = False
+        return [ReleaseKv(self._prefill_worker(run), run.sequence_id)]
+
+    def _kv_missing(self, event: KvMissing) -> list[Action]:
+        run = self._attempt()
+        if event.worker != run.path.decode_worker:
+            return []
+        if run.prefill_open and run.resends < MAX_RESENDS:
+            run.resends += 1
+            return [ResendKv(self._prefill_worker(run), run.sequence_id, event.messages)]
+        error = CorruptFrame(f"KV blocks arrived corrupt {run.resends + 1} times")
+        return self._replace(event.at, error, local=True)
+
+    def _sequence_failed(self, event: SequenceFailed) -> list[Action]:
+        run = self._attempt()
+        if event.worker == run.path.decode_worker:
+            run.decode_open = False
+            peer = run.path.prefill_worker
+        else:
+            # P may fail after its work is done and released; D then has all it needs.
+            if not run.prefill_open:
+                return []
+            run.prefill_open = False
+            peer = run.path.decode_worker
+        if not isinstance(event.error, RETRYABLE):
+            return self._end(State.FAILED, event.error, "failed")
+        transfer = isinstance(event.error, TransferError)
+        # A transfer error names the other side at least as often as the one that reports it.
+        avoid = {event.worker, peer} if transfer and peer else {event.worker}
+        return self._replace(event.at, event.error, local=transfer, avoid=frozenset(avoid))
+
+    def _tokens(self, event: TokensArrived) -> list[Action]:
+        run = self._attempt()
+        if event.first_index > len(self.emitted):
+            return self._hold(run, event)
+        skip = len(self.emitted) - event.first_index
+        if skip > len(event.tokens):
+            return []
+        if event.worker == run.path.prefill_worker:
+            self._advance(State.TRANSFERRING)
+        else:
+            self._advance(State.DECODING)
+        actions = self._accept(event.at, event.worker, event.tokens[skip:], event.finish)
+        if run.live and (run.held or run.held_finish) and len(self.emitted) == run.offset + 1:
+            held, finish = tuple(run.held), run.held_finish
+            run.held, run.held_finish = [], None
+            actions += self._accept(event.at, run.path.decode_worker, held, finish)
+        return actions
+
+    def _hold(self, run: _Run, event: TokensArrived) -> list[Action]:
+        """Keep what D computed on top of P's first token until that token is here as well."""
+        next_index = run.offset + 1 + len(run.held)
+        from_decode = event.worker == run.path.decode_worker
+        overtaking = from_decode and run.path.kind is PathKind.DISAGGREGATED
+        if not overtaking or len(self.emitted) > run.offset or event.first_index > next_index:
+            return self._broken(
+                f"{event.worker} sent token {event.first_index} where {len(self.emitted)} was due",
+            )
+        run.held.extend(event.tokens[next_index - event.first_index :])
+        if event.finish and event.first_index + len(event.tokens) >= next_index:
+            run.held_finish = event.finish
+        if run.offset + 1 + len(run.held) > self.request.max_tokens:
+            return self._broken(f"{event.worker} sent more than {self.request.max_tokens} tokens")
+        return []
+
+    def _accept(
+        self,
+        at: float,
+        worker: str,
+        tokens: tuple[int, ...],
+        finish: FinishReason | None,
+    ) -> list[Action]:
+        run = self._attempt()
+        if len(self.emitted) + len(tokens) > self.request.max_tokens:
+            return self._broken(f"{worker} sent more than {self.request.max_tokens} tokens")
+        actions: list[Action] = []
+        if tokens:
+            actions += self._start(0)
+            actions += self._resume(at, run)
+            self._measure_first_token(at, run)
+            self.emitted.extend(tokens)
+            actions.append(Emit(Tokens(tokens)))
+        if finish is None and len(self.emitted) == self.request.max_tokens:
+            return [*actions, *self._finish(at, FinishReason.LENGTH)]
+        if finish is None:
+            return actions
+        # D lets go by itself. P holds its blocks until told, also where its token was the last one.
+        if worker == run.path.decode_worker:
+            run.decode_open = False
+        return [*actions, *self._finish(at, finish)]
+
+    def _resume(self, at: float, run: _Run) -> list[Action]:
+        gap_from, self._gap_from = self._gap_from, None
+        if gap_from is None or not run.offset:
+            return []
+        return [Emit(Resumed(at - gap_from, run.offset))]
+
+    def _measure_first_token(self, at: float, run: _Run) -> None:
+        if self._measured.first_token_at is not None:
+            return
+        self._measured.first_token_at = at
+        started_at = run.placed_at if run.started_at is None else run.started_at
+        # The worker's own figure, where it comes, replaces this one.
+        self._measured.prefill_s = self._measured.prefill_s or at - started_at
+
+    # ---- losing an attempt
+
+    def _worker_gone(self, event: WorkerGone) -> list[Action]:
+        run = self._run
+        if run is None or not run.live:
+            return []
+        decode_lost = event.worker == run.path.decode_worker
+        prefill_lost = event.worker == run.path.prefill_worker
+        if not decode_lost and not prefill_lost:
+            return []
+        if decode_lost:
+            run.decode_open = False
+        if prefill_lost:
+            run.prefill_open = False
+        # D goes on without P once it has all the KV and the router has P's token.
+        if not decode_lost and self.state is State.DECODING and len(self.emitted) > run.offset:
+            return []
+        error = WorkerLost(f"worker {event.worker} was lost ({event.why})")
+        return self._replace(event.at, error)
+
+    def _replace(
+        self,
+        at: float,
+        cause: KvrelayError,
+        *,
+        local: bool = False,
+        avoid: frozenset[str] = frozenset(),
+    ) -> list[Action]:
+        """Give the attempt up; the next one starts from what the client already has."""
+        run = self._attempt()
+        if run.number >= self._max_replays:
+            return self._end(State.FAILED, cause, "failed")
+        cancels = self._close("replaced")
+        self.state = State.REPLAYING
+        self._cause = cause
+        self._local_only = self._local_only or local
+        if self._gap_from is None:
+            self._gap_from = at
+        find = FindPlace(
+            run.number + 1,
+            self._replay_wait_s,
+            self._local_only,
+            avoid,
+            cause.code,
+        )
+        return [*cancels, find]
+
+    # ---- endings
+
+    def _deadline_reached(self) -> list[Action]:
+        error = DeadlineExceeded(
+            f"the request did not finish within its {self.request.deadline_s:g} s",
+        )
+        return self._end(State.FAILED, error, "deadline")
+
+    def _client_cancelled(self, reason: str) -> list[Action]:
+        return self._end(State.CANCELLED, ClientGone(reason), "client_gone")
+
+    def _stopped_early(self, event: StoppedEarly) -> list[Action]:
+        if self._run is None:  # nothing was emitted, so nobody can have found a stop string
+            return self._client_cancelled("stopped before the first token")
+        return self._finish(event.at, FinishReason.STOP)
+
+    def _broken(self, what: str) -> list[Action]:
+        return self._end(State.FAILED, InternalError(what), "failed")
+
+    def _end(self, state: State, error: KvrelayError, reason: str) -> list[Action]:
+        cancels = self._close(reason)
+        self.state = state
+        return [*cancels, Emit(Failed(error))]
+
+    def _finish(self, at: float, reason: FinishReason) -> list[Action]:
+        cancels = self._close("finished")
+        self.state = State.FINISHED
+        return [*cancels, Emit(Finished(reason, self._stats(at)))]
+
+    def _close(self, reason: str) -> list[Action]:
+        """Cancel whatever is open; from here on messages of the attempt are late."""
+        run = self._run
+        if run is None:
+            return []
+        cancels: list[Action] = []
+        if run.decode_open:
+            cancels.append(Cancel(run.path.decode_worker, run.sequence_id, reason))
+        if run.prefill_open:
+            cancels.append(Cancel(self._prefill_worker(run), run.sequence_id, reason))
+        run.decode_open = run.prefill_open = run.live = False
+        return cancels
+
+    def _stats(self, at: float) -> RequestStats:
+        measured = self._measured
+        run = self._attempt()
+        first = at if measured.first_token_at is None else measured.first_token_at
+        return RequestStats(
+            path=run.path,
+            prompt_tokens=len(self.request.prompt_tokens),
+            completion_tokens=len(self.emitted),
+            cached_tokens=measured.cached_tokens,
+            queue_s=measured.queue_s,
+            prefill_s=measured.prefill_s,
+            kv_transfer_s=measured.kv_transfer_s,
+            kv_exposed_s=measured.kv_exposed_s,
+            decode_s=at - first,
+            time_to_first_token_s=first - self._received_at,
+            kv_bytes=measured.kv_bytes,
+            kv_transport=measured.kv_transport,
+            replays=run.number,
+        )
+
+    # ---- helpers
+
+    def _advance(self, state: State) -> None:
+        """Messages of two streams may cross: the state only moves forward."""
+        if self.state in _PROGRESS and _PROGRESS.index(state) > _PROGRESS.index(self.state):
+            self.state = state
+
+    @staticmethod
+    def _prefill_worker(run: _Run) -> str:
+        if run.path.prefill_worker is None:
+            raise AssertionError("prefill is only open on a path that has a prefill worker")
+        return run.path.prefill_worker

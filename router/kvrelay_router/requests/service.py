@@ -1,0 +1,408 @@
+"""The asyncio shell around the request machines: feeds them events and carries out their actions.
+
+Everything runs on one event loop and nothing in here waits, apart from `drain`. A worker's message is
+handled to the end, for every sequence in it, before the loop goes on: a lost worker's requests are
+re-placed in the tick that noticed.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import Draining, KvrelayError
+from kvrelay_protocol.telemetry import Telemetry
+from kvrelay_router.config import RouterConfig
+from kvrelay_router.fleet.registry import WorkerRegistry
+from kvrelay_router.fleet.worker_link import WorkerLink
+from kvrelay_router.metrics import RouterMetrics
+from kvrelay_router.requests import machine as m
+from kvrelay_router.requests.admission import DrainRate, WaitingLine
+from kvrelay_router.requests.placement import Demand, Role, place
+from kvrelay_router.requests.stream import EventStream
+from kvrelay_router.requests.tracing import RequestTrace
+from kvrelay_router.requests.types import (
+    Failed,
+    Finished,
+    Health,
+    Placed,
+    RequestEvent,
+    RequestStream,
+    Tokens,
+    ValidRequest,
+    WorkerView,
+)
+from kvrelay_router.requests.wire import router_message, tokens_event, worker_event
+
+logger = logging.getLogger(__name__)
+
+
+class _Flight:
+    """One admitted request until its terminal event. Owned by the service."""
+
+    __slots__ = (
+        "deadline",
+        "find",
+        "last_token_at",
+        "links",
+        "machine",
+        "place_timer",
+        "received_at",
+        "request",
+        "search_ns",
+        "sequence_id",
+        "stream",
+        "trace",
+        "traceparent",
+    )
+
+    def __init__(
+        self,
+        request: ValidRequest,
+        machine: m.RequestMachine,
+        trace: RequestTrace,
+        *,
+        received_at: float,
+    ) -> None:
+        self.request = request
+        self.machine = machine
+        self.trace = trace
+        self.traceparent = trace.context.traceparent
+        self.received_at = received_at
+        self.last_token_at: float | None = None
+        self.sequence_id = 0
+        """Of the current attempt; 0 between attempts."""
+        self.links: tuple[WorkerLink, ...] = ()
+        """Workers of the current attempt."""
+        self.find: m.FindPlace | None = None
+        """The search in progress."""
+        self.search_ns = 0
+        self.deadline: asyncio.TimerHandle | None = None
+        self.place_timer: asyncio.TimerHandle | None = None
+        self.stream: EventStream
+
+
+class RouterService:
+    """Implements `RequestService` for the edge and `FleetListener` for the registry."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        registry: WorkerRegistry,
+        telemetry: Telemetry,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._telemetry = telemetry
+        self._metrics = metrics
+        self._clock = time.monotonic
+        self._flights: set[_Flight] = set()
+        self._by_sequence: dict[int, _Flight] = {}
+        self._line: WaitingLine[_Flight] = WaitingLine(max(1, config.max_queue))
+        self._replaying: dict[_Flight, None] = {}
+        self._rate = DrainRate()
+        self._draining = False
+        self._pump_scheduled = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ---- for the edge
+
+    def submit(self, request: ValidRequest) -> RequestStream:
+        """Admit a request; see `RequestService.submit`."""
+        try:
+            if self._draining:
+                raise Draining("the server is shutting down and takes no new requests")
+            self._line.check_room(self._rate)
+        except KvrelayError as error:
+            self._metrics.rejections.labels(error.code).inc()
+            raise
+        now = self._clock()
+        machine = m.RequestMachine(
+            request,
+            received_at=now,
+            max_replays=self._config.max_replays,
+            queue_timeout_s=self._config.queue_timeout_s,
+            replay_wait_s=self._config.replay_wait_s,
+        )
+        flight = _Flight(request, machine, RequestTrace(self._telemetry, request), received_at=now)
+        flight.stream = EventStream(
+            flight.trace.trace_id,
+            on_cancel=lambda reason: self._feed(flight, m.ClientCancelled(self._clock(), reason)),
+            on_stop=lambda: self._feed(flight, m.StoppedEarly(self._clock())),
+        )
+        self._flights.add(flight)
+        self._idle.clear()
+        flight.deadline = asyncio.get_running_loop().call_later(
+            request.deadline_s,
+            lambda: self._feed(flight, m.DeadlineReached(self._clock())),
+        )
+        self._feed(flight, m.Admitted(now))
+        return flight.stream
+
+    def health(self) -> Health:
+        views = tuple(_view(link) for link in self._registry.links)
+        ready = any(v.role == Role.DECODE and not v.draining for v in views)
+        if self._draining:
+            return Health(ready=False, phase="draining", workers=views)
+        return Health(ready=ready, phase="ready" if ready else "no_decode_worker", workers=views)
+
+    # ---- for the owner
+
+    async def drain(self, grace_s: float) -> None:
+        """Admit nothing more; let streams end for `grace_s`, then fail the rest with `Draining`."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            for flight in tuple(self._flights):
+                self._feed(flight, m.ShutDown(self._clock()))
+
+    # ---- FleetListener
+
+    def worker_joined(self, link: WorkerLink) -> None:
+        self._metrics.worker_loads(link)
+        self._metrics.fleet(self._registry.links)
+        self._schedule_pump()
+
+    def worker_lost(self, link: WorkerLink, why: str) -> None:
+        self._metrics.worker_left(link)
+        self._metrics.fleet(self._registry.links)
+        event = m.WorkerGone(self._clock(), link.name, why)
+        for flight in tuple(self._by_sequence.values()):
+            if link in flight.links:
+                self._feed(flight, event)
+
+    def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
+        now = self._clock()
+        match message.WhichOneof("message"):
+            case "step_output":
+                for run in message.step_output.runs:
+                    flight = self._by_sequence.get(run.sequence_id)
+                    if flight is not None:
+                        self._feed(flight, tokens_event(now, link.name, run))
+            case "heartbeat":
+                self._metrics.worker_loads(link)
+                self._schedule_pump()
+            case "drained":
+                self._metrics.fleet(self._registry.links)
+            case _:
+                event = worker_event(now, link.name, message)
+                if event is not None:
+                    self._sequence_event(link, event)
+
+    def _sequence_event(self, link: WorkerLink, event: m.WorkerEvent) -> None:
+        flight = self._by_sequence.get(event.sequence_id)
+        if flight is None:
+            return
+        if isinstance(event, m.LeaseGranted | m.SequenceStarted) and link.pending.grant(
+            event.sequence_id,
+        ):
+            self._schedule_pump()
+        if isinstance(event, m.KvReceived):
+            self._metrics.kv_received(event.bytes, event.seconds)
+        self._feed(flight, event)
+
+    # ---- the shell
+
+    def _feed(self, flight: _Flight, event: m.Event) -> None:
+        """Hand an event to the machine and carry out what it answers."""
+        events = deque([event])
+        try:
+            while events:
+                event = events.popleft()
+                for action in flight.machine.handle(event):
+                    answer = self._carry_out(flight, action, event.at)
+                    if answer is not None:
+                        events.append(answer)
+        except Exception:
+            logger.exception("defect", extra={"request_id": flight.request.request_id})
+            if not isinstance(event, m.Broken):
+                what = f"internal error, logged under request id {flight.request.request_id}"
+                self._feed(flight, m.Broken(self._clock(), what))
+
+    def _carry_out(self, flight: _Flight, action: m.Action, at: float) -> m.Event | None:
+        match action:
+            case m.Emit(event):
+                self._emit(flight, event, at)
+                return None
+            case m.FindPlace():
+                return self._find_place(flight, action)
+            case _:
+                message = router_message(
+                    action,
+                    flight.request,
+                    traceparent=flight.traceparent,
+                    lease_s=self._config.lease_s,
+                )
+                self._registry.send(action.worker, message)
+                return None
+
+    def _emit(self, flight: _Flight, event: RequestEvent, at: float) -> None:
+        # The client comes first: a defect in the book-keeping below must not cost it the event.
+        flight.stream.put(event)
+        match event:
+            case Tokens(ids):
+                self._metrics.generation_tokens.inc(len(ids))
+                if flight.last_token_at is None:
+                    self._metrics.time_to_first_token.observe(at - flight.received_at)
+                else:
+                    gap = (at - flight.last_token_at) / len(ids)
+                    self._metrics.inter_token_latency.observe(gap)
+                flight.last_token_at = at
+            case Placed(path, attempt):
+                cause = flight.find.cause if flight.find else None
+                flight.find = None
+                self._metrics.placed(path, replay_cause=cause)
+                if attempt == 0:
+                    self._metrics.queue_time.observe(at - flight.received_at)
+                    self._metrics.prompt_tokens.inc(len(flight.request.prompt_tokens))
+                flight.trace.placed(path, attempt, started_ns=flight.search_ns)
+            case Finished() | Failed():
+                self._ended(flight, event, at)
+
+    def _ended(self, flight: _Flight, event: Finished | Failed, at: float) -> None:
+        self._leave_attempt(flight)
+        self._stop_waiting(flight)
+        flight.find = None
+        if flight.deadline is not None:
+            flight.deadline.cancel()
+        self._flights.discard(flight)
+        if not self._flights:
+            self._idle.set()
+        self._rate.ended(at)
+        self._show_counts()
+        self._schedule_pump()
+        self._metrics.e2e_latency.observe(at - flight.received_at)
+        if isinstance(event, Finished):
+            self._metrics.finished(event.reason, event.stats)
+            flight.trace.finished(event.reason, event.stats)
+        else:
+            self._metrics.failed(event.error.code)
+            flight.trace.failed(event.error, len(flight.machine.emitted))
+
+    # ---- placing
+
+    def _find_place(self, flight: _Flight, find: m.FindPlace) -> m.Event | None:
+        self._leave_attempt(flight)
+        flight.find = find
+        if find.cause is not None:
+            flight.trace.replaying(find.cause, find.attempt, len(flight.machine.emitted))
+        # Whoever came first goes first; a replay came before everyone in line.
+        found = None if find.cause is None and self._line else self._try_place(flight)
+        if found is not None:
+            return found
+        flight.place_timer = asyncio.get_running_loop().call_later(
+            find.wait_s,
+            self._place_timed_out,
+            flight,
+            find.attempt,
+        )
+        if find.cause is not None:
+            self._replaying[flight] = None
+            self._show_counts()
+            return None
+        position = self._line.add(flight)
+        self._show_counts()
+        decoders = any(k.role is Role.DECODE and not k.draining for k in self._registry.links)
+        eta = self._rate.eta_s(position) if decoders else None
+        return m.NoPlace(self._clock(), position, eta, parked=not decoders)
+
+    def _try_place(self, flight: _Flight) -> m.PlaceFound | None:
+        find, machine = flight.find, flight.machine
+        if find is None:
+            return None
+        flight.search_ns = time.time_ns()
+        tokens = len(flight.request.prompt_tokens) + len(machine.emitted)
+        demand = Demand(
+            tokens,
+            replay=find.cause is not None,
+            local_only=find.local_only,
+            avoid=find.avoid,
+            force_path=flight.request.force_path,
+        )
+        path = place(demand, self._registry.states(), self._config)
+        if path is None:
+            return None
+        self._stop_waiting(flight)
+        names = (path.decode_worker, path.prefill_worker)
+        flight.links = tuple(k for k in self._registry.links if k.name in names)
+        flight.sequence_id = self._new_sequence_id()
+        self._by_sequence[flight.sequence_id] = flight
+        for link in flight.links:
+            link.dispatch(flight.sequence_id, tokens)
+        self._show_counts()
+        return m.PlaceFound(self._clock(), flight.sequence_id, path)
+
+    def _new_sequence_id(self) -> int:
+        """Unguessable, and never one that is in use."""
+        while True:
+            sequence_id = secrets.randbits(64)
+            if sequence_id and sequence_id not in self._by_sequence:
+                return sequence_id
+
+    def _leave_attempt(self, flight: _Flight) -> None:
+        """From here on messages about the attempt find nobody."""
+        self._by_sequence.pop(flight.sequence_id, None)
+        for link in flight.links:
+            link.pending.gone(flight.sequence_id)
+        flight.sequence_id = 0
+        flight.links = ()
+
+    def _stop_waiting(self, flight: _Flight) -> None:
+        self._line.discard(flight)
+        self._replaying.pop(flight, None)
+        if flight.place_timer is not None:
+            flight.place_timer.cancel()
+            flight.place_timer = None
+
+    def _place_timed_out(self, flight: _Flight, attempt: int) -> None:
+        retry_after = self._rate.retry_after_s(len(self._line))
+        self._feed(flight, m.PlaceTimedOut(self._clock(), attempt, retry_after))
+
+    def _schedule_pump(self) -> None:
+        """Room may have come free: look at the line once this tick's work is done."""
+        if self._pump_scheduled or not (self._line or self._replaying):
+            return
+        self._pump_scheduled = True
+        asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_scheduled = False
+        for flight in tuple(self._replaying):
+            self._pump_one(flight)
+        for flight in self._line:
+            if not self._pump_one(flight) and flight.request.force_path is None:
+                return  # first come, first served
+
+    def _pump_one(self, flight: _Flight) -> bool:
+        """Returns False where it has to go on waiting."""
+        if flight.find is None:
+            return True  # ended meanwhile
+        found = self._try_place(flight)
+        if found is None:
+            return False
+        self._feed(flight, found)
+        return True
+
+    def _show_counts(self) -> None:
+        self._metrics.running.set(len(self._by_sequence))
+        self._metrics.waiting.set(len(self._line) + len(self._replaying))
+
+
+def _view(link: WorkerLink) -> WorkerView:
+    load = link.load
+    return WorkerView(
+        name=link.name,
+        role=link.role.value,
+        device=link.device,
+        running=load.running,
+        waiting=load.waiting,
+        total_blocks=load.total_blocks,
+        free_blocks=load.free_blocks,
+        cached_blocks=load.cached_blocks,
+        draining=link.draining,
+    )
