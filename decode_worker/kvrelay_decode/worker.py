@@ -62,15 +62,22 @@ class DecodeWorker:
     scheduler: DecodeScheduler
     telemetry: Telemetry
     _sequences: dict[int, _Sequence] = field(default_factory=dict)
-    _ending: set[asyncio.Task[None]] = field(default_factory=set)
-    """Transfers that were cancelled and have not confirmed yet."""
+    _transfers: set[asyncio.Task[None]] = field(default_factory=set)
+    """Transfers whose task has not ended: their blocks are pinned."""
+    _progress: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever a sequence or a transfer ends."""
     _corrupt_frames: int = 0
     _expired_leases: int = 0
     _bandwidth: float = 0.0
 
     @property
     def open_sequences(self) -> int:
-        return len(self._sequences) + len(self._ending)
+        return len(self._sequences) + len(self._transfers)
+
+    async def wait_idle(self) -> None:
+        while self.open_sequences:
+            self._progress.clear()
+            await self._progress.wait()
 
     def handle(self, message: pb.RouterMessage) -> None:
         match message.WhichOneof("message"):
@@ -130,6 +137,7 @@ class DecodeWorker:
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is None:
             return
+        self._progress.set()
         if sequence.span is not None:
             sequence.span.add_event("cancelled", {"reason": reason})
             self._end_span(sequence)
@@ -159,8 +167,8 @@ class DecodeWorker:
         sequence.receiver = receiver
         task = asyncio.get_running_loop().create_task(self._transfer(sequence, receiver))
         sequence.transfer = task
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._transfers.add(task)
+        task.add_done_callback(self._transfer_ended)
 
     def _grant(self, event: Reserved, identity: LeaseId, tag: int) -> None:
         self.host.send(
@@ -204,6 +212,10 @@ class DecodeWorker:
             self._corrupt_frames += receiver.lease.corrupt_frames
             receiver.lease.release()
             sequence.transfer = None
+
+    def _transfer_ended(self, task: asyncio.Task[None]) -> None:
+        self._transfers.discard(task)
+        self._progress.set()
 
     def _transfer_failed(self, sequence: _Sequence, error: Exception) -> None:
         if not isinstance(error, KvrelayError):
@@ -263,6 +275,7 @@ class DecodeWorker:
         if event.finish is not None:
             self._end_span(sequence)
             del self._sequences[event.sequence_id]
+            self._progress.set()
         return [token_run(event.sequence_id, event.index, event.token, event.finish)]
 
     # ---- spans: all are children of the router's root, so that no lost worker can orphan another's

@@ -56,6 +56,7 @@ class PrefillWorker:
     scheduler: PrefillScheduler
     telemetry: Telemetry
     _prompts: dict[int, _Prompt] = field(default_factory=dict)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _tokens_per_second: float = 0.0
     _bandwidth: float = 0.0
@@ -63,6 +64,11 @@ class PrefillWorker:
     @property
     def open_sequences(self) -> int:
         return len(self._prompts)
+
+    async def wait_idle(self) -> None:
+        while self._prompts:
+            self._idle.clear()
+            await self._idle.wait()
 
     def handle(self, message: pb.RouterMessage) -> None:
         match message.WhichOneof("message"):
@@ -176,6 +182,7 @@ class PrefillWorker:
             if prompt is not None and prompt.span is not None:
                 _end(prompt.span, error)
             self.host.post(lambda: self.scheduler.release(spec.sequence_id))
+            self._idle.set()
 
     def _open(self, message: pb.OpenTransfer) -> None:
         prompt = self._prompts.get(message.sequence_id)

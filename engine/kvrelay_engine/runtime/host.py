@@ -1,12 +1,13 @@
 """One worker process around its scheduler: the Join stream, the engine thread, drain and shutdown."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvrelay_engine.batch import Batch, StepResult
 from kvrelay_engine.runtime.config import WorkerConfig
@@ -45,7 +46,10 @@ class Worker(Protocol):
 
     @property
     def open_sequences(self) -> int:
-        """Sequences this worker still owes something to; a drain waits for zero."""
+        """Sequences this worker still owes something to."""
+
+    async def wait_idle(self) -> None:
+        """Return when `open_sequences` is zero."""
 
     def handle(self, message: pb.RouterMessage) -> None: ...
 
@@ -69,9 +73,9 @@ class WorkerHost:
     incarnation: int = field(default_factory=lambda: secrets.randbits(64))
     _worker: Worker | None = None
     _advertisement: Advertisement | None = None
+    _shutdown: asyncio.Event | None = None
     _link: JoinLink | None = None
     _loop: StepLoop | None = None
-    _failed: asyncio.Future[BaseException] | None = None
 
     def post(self, command: Callable[[], None]) -> None:
         """Run a command on the engine thread between two steps."""
@@ -91,7 +95,7 @@ class WorkerHost:
         step: Callable[[Batch], StepResult],
         shutdown: asyncio.Event,
     ) -> None:
-        """Serve until `shutdown` is set, then drain.
+        """Serve until `shutdown` is set (by a signal or by the router's Drain), then drain.
 
         Raises:
             StartupError: the router refused this worker.
@@ -99,10 +103,10 @@ class WorkerHost:
         """
         running = asyncio.get_running_loop()
         failed: asyncio.Future[BaseException] = running.create_future()
-        self._worker, self._advertisement = worker, advertisement
+        self._worker, self._advertisement, self._shutdown = worker, advertisement, shutdown
 
         def fail(error: BaseException) -> None:
-            running.call_soon_threadsafe(lambda: failed.done() or failed.set_result(error))
+            running.call_soon_threadsafe(failed.set_result, error)
 
         def deliver(events: Sequence[object]) -> None:
             running.call_soon_threadsafe(worker.events, events)
@@ -114,7 +118,8 @@ class WorkerHost:
         link = asyncio.create_task(self._link.run(self._announce))
         stop = asyncio.create_task(shutdown.wait())
         try:
-            await asyncio.wait({link, stop, failed}, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {link, stop, failed}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if failed.done():
                 raise WorkerStartFailed(f"the engine loop failed: {failed.result()!r}")
             if link.done():
@@ -131,9 +136,9 @@ class WorkerHost:
     async def _drain(self, worker: Worker) -> None:
         """Take no new work, finish what runs, within the grace."""
         self.send(pb.WorkerMessage(drained=pb.Drained()))
-        deadline = asyncio.get_running_loop().time() + self.config.drain_grace_s
-        while worker.open_sequences and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.drain_grace_s):
+                await worker.wait_idle()
         if worker.open_sequences:
             log.warning("%d sequences did not end within the drain's grace", worker.open_sequences)
 
@@ -164,8 +169,11 @@ class WorkerHost:
         return load
 
     def handle(self, message: pb.RouterMessage) -> None:
-        assert self._worker is not None  # noqa: S101 - as above
-        self._worker.handle(message)
+        assert self._worker is not None and self._shutdown is not None  # noqa: S101, PT018 - as above
+        if message.WhichOneof("message") == "drain":
+            self._shutdown.set()
+        else:
+            self._worker.handle(message)
 
     def disconnected(self) -> None:
         if self._worker is not None:
