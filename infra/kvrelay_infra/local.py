@@ -352,8 +352,13 @@ class LocalStack:
 
     def _shut_down(self) -> None:
         self._supervisor.stop()
+        interrupted: BaseException | None = None
         while self._thread.is_alive():
             try:
                 self._thread.join(0.2)
-            except KeyboardInterrupt:
+            except BaseException as error:
+                # Ctrl-C or SIGTERM while draining: hurry, and still wait for the last child.
+                interrupted = error
                 self._supervisor.stop()
+        if isinstance(interrupted, SystemExit):
+            raise interrupted

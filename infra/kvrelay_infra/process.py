@@ -44,6 +44,7 @@ class ChildProcess:
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._on_line = on_line
         self._on_exit = on_exit
+        self._segments: list[Path] = []
         # Held while signalling and while reaping: a reaped pid may belong to someone else.
         self._reaping = threading.Lock()
         launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid())]
@@ -83,6 +84,7 @@ class ChildProcess:
         """SIGKILL to the process and everything it started."""
         with self._reaping:
             if self._process.returncode is None:
+                self._segments = _mapped_segments(self._process.pid)
                 self._kill_group()
 
     def _kill_group(self) -> None:
@@ -104,5 +106,19 @@ class ChildProcess:
         with self._reaping:
             self._kill_group()
             status = self._process.wait()
+        # What it could not remove itself any more.
+        for segment in self._segments:
+            segment.unlink(missing_ok=True)
         self._reader.join(timeout=2.0)
         self._on_exit(self.spec.name, status)
+
+
+def _mapped_segments(pid: int) -> list[Path]:
+    """Shared-memory files a process has mapped that still have a name and belong to us."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return []
+    names = {line.partition("/dev/shm/")[2] for line in lines if "/dev/shm/" in line}  # noqa: S108
+    found = [Path("/dev/shm") / name for name in names if not name.endswith(" (deleted)")]  # noqa: S108
+    return [path for path in found if path.exists() and path.stat().st_uid == os.getuid()]

@@ -5,6 +5,7 @@ as unset. All bad values are reported together.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from kvrelay.cli.flags import Flag
 from kvrelay_protocol.errors import UsageError
 
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "HEADERS", "CREDENTIAL")
+_SECRET_WORDS = frozenset({"KEY", "KEYS", "TOKEN", "SECRET", "PASSWORD", "HEADERS", "CREDENTIALS"})
 _PREFIXES = (
     "KVRELAY_",
     "UCX_",
@@ -109,6 +110,7 @@ def relevant_environment(environ: Mapping[str, str] = os.environ) -> list[tuple[
 
 
 def _masked(name: str, value: str) -> str:
-    if any(word in name for word in _SECRET_WORDS) and value:
+    if value and not _SECRET_WORDS.isdisjoint(name.split("_")):
         return f"*** ({len(value)} characters)"
-    return value
+    # A URL may carry a user and a password.
+    return re.sub(r"//[^/@\s]+@", "//***@", value)
