@@ -94,7 +94,8 @@ class WorkerRegistry:
         link.lost.set_result(why)
         if self._links.get(link.name) is link:
             del self._links[link.name]
-        logger.warning("worker lost", extra={"worker": link.name, "why": why})
+        level = logging.INFO if link.draining else logging.WARNING
+        logger.log(level, "worker lost", extra={"worker": link.name, "why": why})
         if self.listener:
             self.listener.worker_lost(link, why)
 

@@ -58,7 +58,7 @@ MAX_RESENDS = 2
 """KV frames that failed their digest are sent again this often before the attempt is given up."""
 
 RETRYABLE = (WorkerLost, LeaseLost, Draining, TransferError)
-"""A worker's failure of these kinds says nothing about the request: another attempt may work."""
+"""A decode worker's failure of these kinds says nothing about the request: another attempt may work."""
 
 
 class State(StrEnum):
@@ -609,21 +609,29 @@ class RequestMachine:
 
     def _sequence_failed(self, event: SequenceFailed) -> list[Action]:
         run = self._attempt()
+        error = event.error
+        retryable = isinstance(error, RETRYABLE)
         if event.worker == run.path.decode_worker:
             run.decode_open = False
             peer = run.path.prefill_worker
+            if not retryable:
+                return self._end(State.FAILED, error, "failed")
         else:
             # P may fail after its work is done and released; D then has all it needs.
             if not run.prefill_open:
                 return []
             run.prefill_open = False
             peer = run.path.decode_worker
-        if not isinstance(event.error, RETRYABLE):
-            return self._end(State.FAILED, event.error, "failed")
-        transfer = isinstance(event.error, TransferError)
+        # What P can't do D may do alone: P's word is never the last one on a request.
+        transfer = isinstance(error, TransferError)
         # A transfer error names the other side at least as often as the one that reports it.
         avoid = {event.worker, peer} if transfer and peer else {event.worker}
-        return self._replace(event.at, event.error, local=transfer, avoid=frozenset(avoid))
+        return self._replace(
+            event.at,
+            error,
+            local=transfer or not retryable,
+            avoid=frozenset(avoid),
+        )
 
     def _tokens(self, event: TokensArrived) -> list[Action]:
         run = self._attempt()

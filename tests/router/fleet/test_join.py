@@ -1,0 +1,224 @@
+"""The Join stream: who is let in, who is given up, and who hears of it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from fake_worker import FakeWorker
+
+from kvrelay_protocol import errors, fleet_pb2_grpc
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_router.config import RouterConfig
+from kvrelay_router.fleet import registry as registry_module
+from kvrelay_router.fleet.registry import WorkerRegistry
+from kvrelay_router.fleet.servicer import FleetServer, create_fleet_server
+from kvrelay_router.fleet.worker_link import OUTGOING_LIMIT, PendingWork, WorkerLink
+
+CONFIG = RouterConfig(Path("unused"), "demo", join_port=0, heartbeat_s=0.1)
+
+
+@dataclass
+class Recorder:
+    joined: list[str] = field(default_factory=list)
+    lost: list[tuple[str, str]] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+    def worker_joined(self, link: WorkerLink) -> None:
+        self.joined.append(link.name)
+
+    def worker_lost(self, link: WorkerLink, why: str) -> None:
+        self.lost.append((link.name, why))
+
+    def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
+        self.messages.append(message.WhichOneof("message"))
+
+
+@dataclass
+class Fleet:
+    registry: WorkerRegistry
+    server: FleetServer
+    heard: Recorder
+
+    def worker(self, name: str, role: str = "decode", **options: object) -> FakeWorker:
+        return FakeWorker(self.server.port, name, role, heartbeat_s=0.05, **options)
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 8.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    registry = WorkerRegistry(replace(CONFIG, join_token="open sesame"))
+    registry.listener = heard = Recorder()
+    server = await create_fleet_server(CONFIG, registry, router_id="r")
+    yield Fleet(registry, server, heard)
+    await server.stop()
+
+
+def token(hello: pb.Hello) -> None:
+    hello.join_token = "open sesame"
+
+
+async def test_hello_is_welcomed_with_the_heartbeat_to_keep(fleet) -> None:
+    async with fleet.worker("d0", change_hello=token) as worker:
+        assert worker.seen[0].welcome.heartbeat_seconds == pytest.approx(0.1)
+        link = fleet.registry.get("d0")
+        assert (link.role, link.device, link.transport_address) == ("decode", "fake", b"d0")
+        worker.report(free_blocks=7)
+        await fleet.until(lambda: link.load.free_blocks == 7)
+    await fleet.until(lambda: fleet.registry.get("d0") is None)
+    assert (fleet.heard.joined, [name for name, _ in fleet.heard.lost]) == (["d0"], ["d0"])
+
+
+def _set(**fields: object) -> Callable[[pb.Hello], None]:
+    def change(hello: pb.Hello) -> None:
+        token(hello)
+        for name, value in fields.items():
+            target = hello.kv_layout if name.startswith("kv_") else hello
+            setattr(target, name.removeprefix("kv_"), value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (lambda hello: None, "invalid_api_key", ["join_token"]),
+        (_set(join_token="open sesamE"), "invalid_api_key", ["join_token"]),
+        (_set(join_token="ünïcode"), "invalid_api_key", ["join_token"]),
+        (_set(protocol_version=2), "layout_mismatch", ["protocol_version", "2", "1"]),
+        (_set(model="other"), "layout_mismatch", ["model", "'other'", "'demo'"]),
+        (_set(transport="ucx"), "layout_mismatch", ["transport", "'ucx'", "'inproc'", "d0"]),
+        (_set(kv_dtype="bfloat16"), "layout_mismatch", ["kv_layout.dtype", "bfloat16", "float32"]),
+        (_set(kv_block_size=32), "layout_mismatch", ["kv_layout.block_size", "32", "16", "d0"]),
+        (_set(kv_model_fingerprint="x"), "layout_mismatch", ["model_fingerprint", "'x'", "'fake'"]),
+        (_set(worker_name=""), "invalid_value", ["worker_name"]),
+        (_set(worker_name="n" * 129), "invalid_value", ["worker_name"]),
+        (_set(role=0), "invalid_value", ["role"]),
+        (_set(role=9), "invalid_value", ["role"]),
+    ],
+)
+async def test_unfit_worker_is_refused_with_the_field_and_both_values(
+    fleet,
+    change,
+    code,
+    words,
+) -> None:
+    async with fleet.worker("d0", change_hello=token):
+        odd = fleet.worker("p1", "prefill", change_hello=change)
+        async with odd:
+            assert odd.refused.code == code
+            assert all(word in odd.refused.message for word in words), odd.refused.message
+            assert "sesame" not in odd.refused.message
+            await asyncio.wait_for(odd.closed.wait(), 5)
+        assert [link.name for link in fleet.registry.links] == ["d0"]
+
+
+async def test_layout_may_change_once_everybody_has_left(fleet) -> None:
+    async with fleet.worker("d0", change_hello=token):
+        pass
+    await fleet.until(lambda: not fleet.registry.links)
+    async with fleet.worker("d0", change_hello=_set(kv_block_size=32)) as worker:
+        assert worker.refused is None
+
+
+async def test_new_incarnation_replaces_the_old_link(fleet) -> None:
+    async with (
+        fleet.worker("d0", change_hello=token) as old,
+        fleet.worker("d0", change_hello=token) as new,
+    ):
+        await asyncio.wait_for(old.closed.wait(), 5)
+        assert fleet.registry.get("d0").incarnation == new.hello.incarnation
+        ((name, why),) = fleet.heard.lost
+        assert name == "d0"
+        assert "replaced by incarnation" in why
+        await asyncio.sleep(0.1)
+        assert fleet.registry.get("d0") is not None
+
+
+async def test_silent_worker_is_given_up(fleet, monkeypatch) -> None:
+    monkeypatch.setattr(registry_module, "MIN_SILENCE_S", 0.6)
+    async with (
+        fleet.worker("d0", change_hello=token) as frozen,
+        fleet.worker("d1", change_hello=token),
+    ):
+        frozen.freeze()
+        await fleet.until(lambda: bool(fleet.heard.lost))
+        assert "no sign of life" in fleet.heard.lost[0][1]
+        await asyncio.wait_for(frozen.closed.wait(), 5)
+        assert [link.name for link in fleet.registry.links] == ["d1"]
+
+
+async def test_silence_starts_at_three_seconds() -> None:
+    assert WorkerRegistry(CONFIG).silence_limit_s == 3.0
+    assert WorkerRegistry(replace(CONFIG, heartbeat_s=2.0)).silence_limit_s == 6.0
+
+
+async def test_router_that_slept_does_not_blame_its_workers() -> None:
+    now = 0.0
+    registry = WorkerRegistry(CONFIG, clock=lambda: now)
+    hello = pb.Hello(protocol_version=1, worker_name="d0", role=pb.ROLE_DECODE, model="demo")
+    registry.join(hello)
+    now = 60.0
+    registry.sweep()
+    assert registry.get("d0") is not None
+    for _ in range(20):
+        now += 0.25
+        registry.sweep()
+    assert registry.get("d0") is None
+
+
+async def test_worker_that_does_not_read_is_given_up_and_never_waited_for() -> None:
+    registry = WorkerRegistry(CONFIG)
+    registry.listener = heard = Recorder()
+    hello = pb.Hello(protocol_version=1, worker_name="d0", role=pb.ROLE_DECODE, model="demo")
+    link = registry.join(hello)
+    for _ in range(OUTGOING_LIMIT + 2):
+        registry.send("d0", pb.RouterMessage(cancel=pb.Cancel(sequence_id=1)))
+    assert link.state.draining  # no more work, from this moment
+    assert heard.lost == []  # but not from within the sender's own call
+    await asyncio.sleep(0)
+    assert heard.lost == [("d0", "it does not read its messages")]
+
+
+async def test_drained_worker_gets_nothing_more(fleet) -> None:
+    async with fleet.worker("d0", change_hello=token) as worker:
+        worker.send(pb.WorkerMessage(drained=pb.Drained()))
+        await fleet.until(lambda: fleet.registry.get("d0").draining)
+
+
+async def test_first_message_must_be_hello(fleet) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{fleet.server.port}") as channel:
+        call = fleet_pb2_grpc.FleetStub(channel).Join()
+        await call.write(pb.WorkerMessage(drained=pb.Drained()))
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await call.read()
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_port_in_use_is_a_typed_error(fleet) -> None:
+    config = replace(CONFIG, join_port=fleet.server.port)
+    with pytest.raises(errors.PortInUse, match=str(fleet.server.port)):
+        await create_fleet_server(config, WorkerRegistry(config), router_id="r")
+
+
+def test_pending_work_counts_until_a_report_can_contain_it() -> None:
+    pending = PendingWork()
+    pending.dispatch(1, blocks=3, tokens=40)
+    pending.dispatch(2, blocks=1, tokens=10)
+    pending.reported()  # nothing was granted yet: the report can't contain it
+    assert (pending.blocks, pending.tokens, pending.ungranted) == (4, 50, 2)
+    assert pending.grant(1)
+    assert not pending.grant(1)
+    assert (pending.blocks, pending.ungranted) == (4, 1)
+    pending.reported()
+    assert (pending.blocks, pending.tokens) == (1, 10)
+    pending.gone(1)
+    pending.gone(2)
+    pending.gone(2)
+    assert (pending.blocks, pending.tokens, pending.ungranted) == (0, 0, 0)
