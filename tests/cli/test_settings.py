@@ -1,0 +1,143 @@
+"""Argument, environment, default; what a bad value is called; how values travel to children."""
+
+import dataclasses
+
+import pytest
+
+from kvrelay.cli import flags, settings
+from kvrelay.cli.commands.shared import ROUTER_FLAGS, STACK_FLAGS, WORKER_FLAGS
+from kvrelay.cli.settings import resolve
+from kvrelay.cli.stack import defaults
+from kvrelay.cli.units import format_count, format_size, parse_duration, parse_size
+from kvrelay_engine.runtime.config import WorkerConfig
+from kvrelay_protocol.errors import UsageError
+from kvrelay_router.config import RouterConfig
+
+MIB = 1024 * 1024
+
+
+def test_an_argument_beats_the_environment_beats_the_default():
+    environ = {"KVRELAY_PORT": "7001", "KVRELAY_KV_MEMORY": "1GiB"}
+    values = resolve(STACK_FLAGS, {"port": "7002"}, environ=environ)
+    assert (values.port, values.kv_memory, values.prefill) == (7002, 1024 * MIB, 1)
+
+
+def test_an_empty_variable_counts_as_unset():
+    assert resolve(STACK_FLAGS, {}, environ={"KVRELAY_PORT": ""}).port == 8000
+
+
+def test_every_flag_has_a_variable():
+    samples = {"model": "/m", "revision": "main", "served_model_name": "m", "tls_cert": __file__,
+               "tls_key": __file__, "log_requests": "1", "api_key": "k", "join_token": "t",
+               "host": "::1", "join_host": "::1", "device": "cpu", "dtype": "float32",
+               "transport": "ucx", "staging_buffers": "2", "kv_memory": "2MiB",
+               "staging": "1MiB", "max_body": "1MiB"}  # fmt: skip
+    for flag in STACK_FLAGS:
+        text = samples.get(flag.dest, "3")
+        value = getattr(resolve(STACK_FLAGS, {}, environ={flag.variable: text}), flag.dest)
+        assert value == ((flag.parse(text),) if flag.repeated else flag.parse(text))
+
+
+def test_api_keys_come_repeated_or_as_a_list():
+    assert resolve(STACK_FLAGS, {"api_key": ["a", "b"]}, environ={}).api_key == ("a", "b")
+    environ = {"KVRELAY_API_KEY": "a, b"}
+    assert resolve(STACK_FLAGS, {}, environ=environ).api_key == ("a", "b")
+
+
+def test_all_bad_values_are_reported_at_once_with_their_origin():
+    given = {"prefill": "-1", "kv_memory": "lots", "lease": "soon", "device": "tpu"}
+    environ = {"KVRELAY_PORT": "99999", "KVRELAY_API_KEY": "secret key"}
+    with pytest.raises(UsageError) as caught:
+        resolve(STACK_FLAGS, given, environ=environ, problems=["unknown flag --x"])
+    assert caught.value.message.splitlines() == [
+        "unknown flag --x",
+        "--prefill -1 must be a whole number from 0 to 64",
+        "KVRELAY_PORT=99999 must be a whole number from 0 to 65535",
+        "KVRELAY_API_KEY=*** must be printable, without spaces or commas",
+        "--device tpu must be cpu, cuda, cuda:N or auto",
+        "--kv-memory lots must be a size such as 256MiB or 2GiB",
+        "--lease soon must be a time such as 10, 500ms or 2m",
+    ]
+
+
+def test_a_required_flag_names_its_variable_too():
+    with pytest.raises(UsageError, match=r"^--join is missing \(or KVRELAY_JOIN\)$"):
+        resolve(WORKER_FLAGS, {}, environ={})
+
+
+def test_values_survive_the_way_to_a_child():
+    given = {"port": "7002", "lease": "2m", "log_requests": "true", "kv_memory": "3MiB"}
+    values = resolve(STACK_FLAGS, given | {"api_key": ["a", "b"], "model": "m"}, environ={})
+    arguments = flags.to_arguments(ROUTER_FLAGS, values)
+    assert "--log-requests" in arguments
+    assert not any("api-key" in argument or "join-token" in argument for argument in arguments)
+    environment = flags.to_environment(ROUTER_FLAGS, values)
+    assert environment == {"KVRELAY_API_KEY": "a,b", "KVRELAY_JOIN_TOKEN": ""}
+
+    from kvrelay.cli.command import build_parser
+    from kvrelay.cli.main import load_command
+
+    parsed = build_parser(load_command("router")).parse_args(["m", *arguments])
+    child = resolve(ROUTER_FLAGS, vars(parsed), environ=environment)
+    assert vars(child) == {flag.dest: getattr(values, flag.dest) for flag in ROUTER_FLAGS}
+
+
+def test_defaults_are_those_of_the_configs():
+    values = defaults()
+    router = {field.name: field.default for field in dataclasses.fields(RouterConfig)}
+    worker = {field.name: field.default for field in dataclasses.fields(WorkerConfig)}
+    same_name = {"host", "port", "join_host", "join_port", "join_token", "max_queue",
+                 "max_replays", "local_prefill_max_tokens", "log_requests"}  # fmt: skip
+    for name in same_name:
+        assert getattr(values, name) == router[name]
+    for name in ("queue_timeout", "request_timeout", "replay_wait", "lease", "heartbeat",
+                 "drain_grace"):  # fmt: skip
+        assert getattr(values, name) == router[f"{name}_s"]
+    for name in ("dtype", "block_size", "max_model_len", "max_batch_tokens", "max_sequences",
+                 "transport", "threads", "staging_buffers", "join_token"):  # fmt: skip
+        assert getattr(values, name) == worker[name]
+    assert values.kv_memory == worker["kv_memory_bytes"]
+    assert values.staging == worker["staging_bytes"]
+    assert values.max_body == router["max_body_bytes"]
+    for name in ("lease", "heartbeat", "drain_grace"):
+        assert getattr(values, name) == worker[f"{name}_s"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1", 1), ("2KiB", 2048), ("1.5 GiB", 1536 * MIB), ("3Mi", 3 * MIB), ("2MB", 2_000_000)],
+)
+def test_sizes(text, count):
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1MiB", "1 parsec", "1e9"])
+def test_bad_sizes(text):
+    with pytest.raises(ValueError, match="must be a size"):
+        parse_size(text)
+
+
+def test_durations_and_numbers_for_people():
+    assert [parse_duration(text) for text in ("2", "500ms", "1.5s", "2m")] == [2, 0.5, 1.5, 120]
+    assert [format_size(n) for n in (0, 1023, 1024, 256 * MIB, 1536 * MIB)] == [
+        "0 B", "1023 B", "1 KiB", "256 MiB", "1.5 GiB",
+    ]  # fmt: skip
+    assert [format_count(n) for n in (12, 3_140_000, 8e9)] == ["12", "3.14 M", "8 B"]
+
+
+def test_the_pasted_environment_masks_secrets():
+    environ = {
+        "KVRELAY_API_KEY": "abc",
+        "KVRELAY_MAX_BATCH_TOKENS": "512",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://me:pass@collector:4318",
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=x",
+        "UCX_TLS": "tcp",
+        "HOME": "/home/me",
+    }
+    assert settings.relevant_environment(environ) == [
+        ("KVRELAY_API_KEY", "*** (3 characters)"),
+        ("KVRELAY_MAX_BATCH_TOKENS", "512"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://***@collector:4318"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "*** (15 characters)"),
+        ("UCX_TLS", "tcp"),
+    ]
