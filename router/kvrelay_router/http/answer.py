@@ -1,0 +1,198 @@
+"""Writes a generation to the client, streaming or whole, and cancels it when the client is gone.
+
+The work happens inside the response, not in the handler: the watch for a lost client then covers
+all of it, from before the first token to the last byte.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from kvrelay_protocol.errors import KvrelayError
+from kvrelay_router.http import sse
+from kvrelay_router.http.disconnect import watch_disconnect
+from kvrelay_router.http.errors import error_object, internal_error, log_defect
+from kvrelay_router.http.frames import Frames
+from kvrelay_router.http.generation import Delta, End, Generation, Notice, Output
+from kvrelay_router.http.request_id import request_id_of
+from kvrelay_router.requests.types import Path, PathKind
+
+ABORT_EXTENSION = "kvrelay.abort"
+"""Scope extension of our server: drops the connection without flushing what a stuck client owes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the edge waits for what."""
+
+    head_s: float = 5.0
+    """For a place, before a stream's head goes out without one."""
+    sdk_head_s: float = 0.5
+    """The same for SDK streams, which show the queue."""
+    ping_s: float = 10.0
+    """Silence before a sign of life."""
+    send_s: float = 30.0
+    """For a client that takes no bytes."""
+
+
+class Answer(Response):
+    """The response of both generating endpoints."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        frames: Frames,
+        patience: Patience,
+        *,
+        named_events: bool,
+    ) -> None:
+        """Args: `named_events` speaks the SDK's stream protocol."""
+        super().__init__()
+        self._generation = generation
+        self._frames = frames
+        self._patience = patience
+        self._named = named_events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generation = self._generation
+        try:
+            async with watch_disconnect(receive, generation.client_gone):
+                generation.start()
+                if generation.plan.stream:
+                    await self._stream(scope, send)
+                else:
+                    await self._whole(scope, receive, send)
+        except TimeoutError:
+            # The client reads nothing. The engine never waited; now the buffers go too.
+            await generation.close("client too slow")
+            scope.get("extensions", {}).get(ABORT_EXTENSION, lambda: None)()
+        finally:
+            await generation.close()
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generation = self._generation
+        texts = [""] * len(generation.choices)
+        while not generation.over:
+            _collect(texts, await generation.outputs())
+        _collect(texts, await generation.outputs())
+        if generation.gone:
+            return
+        if generation.error is not None:
+            raise generation.error
+        reasons = [str(choice.reason) for choice in generation.choices]
+        body = self._frames.whole(list(zip(texts, reasons, strict=True)), generation.usage())
+        if (timings := generation.timings()) is not None:
+            body["kvrelay"] = timings
+        async with asyncio.timeout(self._patience.send_s):
+            await JSONResponse(body, headers=self._own_headers())(scope, receive, send)
+
+    async def _stream(self, scope: Scope, send: Send) -> None:
+        generation = self._generation
+        wait = self._patience.sdk_head_s if self._named else self._patience.head_s
+        await generation.placed(wait)
+        if generation.gone:
+            return
+        if generation.error is not None:
+            raise generation.error  # the head is not out yet: the real status
+        headers = {**sse.HEADERS, **self._own_headers()}
+        await self._send(send, {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()],
+        })  # fmt: skip
+        try:
+            await self._events(scope, send)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            request_id = request_id_of(scope)
+            log_defect(error, request_id)
+            await self._body(send, _error_frame(internal_error(request_id), request_id), more=False)
+
+    async def _events(self, scope: Scope, send: Send) -> None:
+        generation = self._generation
+        opened: set[int] = set()
+        while not generation.over:
+            outputs = await generation.outputs(self._patience.ping_s)
+            if outputs:
+                await self._body(send, self._render(outputs, opened))
+            elif not generation.over:
+                await self._body(send, self._ping())
+        rest = self._render(await generation.outputs(), opened)
+        if generation.gone:
+            return
+        if generation.error is not None:
+            request_id = request_id_of(scope)
+            await self._body(send, rest + _error_frame(generation.error, request_id), more=False)
+            return
+        if generation.plan.include_usage:
+            rest += self._frames.usage(generation.usage())
+        timings = generation.timings()
+        if self._named and timings is not None:
+            rest += sse.named_frame("timings", timings)
+        await self._body(send, rest + sse.DONE, more=False)
+
+    def _render(self, outputs: list[Output], opened: set[int]) -> bytes:
+        frames: list[bytes] = []
+        for output in outputs:
+            if isinstance(output, Notice):
+                frames.append(sse.named_frame(output.event, output.data))
+                continue
+            if output.index not in opened:
+                # With the first text, not before: naive clients take the first chunk as the first token.
+                opened.add(output.index)
+                frames.append(self._frames.opening(output.index))
+            match output:
+                case Delta(index, text):
+                    plan = self._generation.plan
+                    usage = self._generation.usage() if plan.continuous_usage else None
+                    frames.append(self._frames.delta(index, text, usage))
+                case End(index, reason):
+                    frames.append(self._frames.finish(index, reason))
+        return b"".join(frames)
+
+    def _ping(self) -> bytes:
+        return sse.PING_EVENT if self._named else sse.PING_COMMENT
+
+    def _own_headers(self) -> dict[str, str]:
+        generation = self._generation
+        return {
+            "x-trace-id": generation.trace_id,
+            "x-kvrelay-path": _path_header(generation.path),
+            **generation.plan.headers,
+        }
+
+    async def _body(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        if body or not more:
+            await self._send(send, {"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _send(self, send: Send, message: Mapping[str, Any]) -> None:
+        async with asyncio.timeout(self._patience.send_s):
+            await send(dict(message))
+
+
+def _collect(texts: list[str], outputs: list[Output]) -> None:
+    for output in outputs:
+        if isinstance(output, Delta):
+            texts[output.index] += output.text
+
+
+def _path_header(path: Path | None) -> str:
+    if path is None:
+        return "pending"
+    return (
+        path.kind if path.kind is PathKind.DISAGGREGATED else f"{path.kind}; reason={path.reason}"
+    )
+
+
+def _error_frame(error: KvrelayError, request_id: str) -> bytes:
+    """The last frame of a stream that fails after its head, with `[DONE]`."""
+    body = error_object(error)
+    if request_id not in error.message:
+        # Clients can't read headers any more at this point, so the id goes into the text.
+        body["error"]["message"] += f" (request id {request_id})"
+    return sse.data_frame(body) + sse.DONE

@@ -1,0 +1,143 @@
+"""The ASGI application: routes, and the layers around them."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from kvrelay_router.config import RouterConfig
+from kvrelay_router.http import models
+from kvrelay_router.http.answer import Answer, Patience
+from kvrelay_router.http.auth import RequireKey
+from kvrelay_router.http.body import off_loop, parse, read_object
+from kvrelay_router.http.caller import CallerWishes
+from kvrelay_router.http.chat import ChatFrames
+from kvrelay_router.http.completions import CompletionFrames
+from kvrelay_router.http.errors import LastResort, install_error_handlers
+from kvrelay_router.http.generation import Generation
+from kvrelay_router.http.limits import BoundedBody
+from kvrelay_router.http.request_id import RequestId
+from kvrelay_router.http.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from kvrelay_router.http.validation import (
+    GenerationPlan,
+    check_model,
+    plan_chat,
+    plan_completion,
+)
+from kvrelay_router.requests.types import RequestService
+from kvrelay_router.text.served_model import ServedModel
+
+_Planner = Callable[[ServedModel, Mapping[str, Any], CallerWishes], GenerationPlan]
+_FramesType = type[ChatFrames] | type[CompletionFrames]
+
+
+def create_app(
+    core: RequestService,
+    model: ServedModel,
+    config: RouterConfig,
+    registry: CollectorRegistry,
+    patience: Patience | None = None,
+) -> ASGIApp:
+    """Build the edge.
+
+    Args:
+        core: runs the requests.
+        model: what is served.
+        config: keys, limits and deadlines.
+        registry: what `/metrics` shows.
+        patience: time limits towards clients.
+    """
+    app = FastAPI(title="kvrelay", docs_url=None, redoc_url=None, redirect_slashes=False)
+    install_error_handlers(app)
+    _add_generating_routes(app, core, model, config, patience or Patience())
+    _add_plain_routes(app, core, model, registry)
+    # Outermost first: whatever an inner layer answers has a request id and never a stack trace.
+    bounded = BoundedBody(app, config.max_body_bytes)
+    return RequestId(LastResort(RequireKey(bounded, config.api_keys)))
+
+
+def _add_generating_routes(
+    app: FastAPI,
+    core: RequestService,
+    model: ServedModel,
+    config: RouterConfig,
+    patience: Patience,
+) -> None:
+    async def answer(request: Request, planner: _Planner, frames: _FramesType) -> Response:
+        raw, size = await read_object(request)
+        wishes = CallerWishes.from_headers(request.headers, config.request_timeout_s)
+        plan = await off_loop(size, lambda: planner(model, raw, wishes))
+        named_events = request.headers.get("x-stream-protocol") == "1"
+        return Answer(
+            Generation(core, plan, notices=named_events),
+            frames(plan.id, int(time.time()), model.name, include_usage=plan.include_usage),
+            patience,
+            named_events=named_events,
+        )
+
+    @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, plan_chat, ChatFrames)
+
+    @app.post("/v1/completions", openapi_extra=_body_of(CompletionBody))
+    async def completions(request: Request) -> Response:
+        return await answer(request, plan_completion, CompletionFrames)
+
+
+def _add_plain_routes(
+    app: FastAPI,
+    core: RequestService,
+    model: ServedModel,
+    registry: CollectorRegistry,
+) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return JSONResponse({"object": "list", "data": [models.model_object(model)]})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> Response:
+        check_model(model, model_id)
+        return JSONResponse(models.model_object(model))
+
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
+    async def health(request: Request) -> Response:
+        state = core.health()
+        verbose = "verbose" in request.query_params
+        body = models.health_object(state, verbose=verbose)
+        return JSONResponse(body, 200 if state.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"content-type": content_type})
+
+    @app.post("/tokenize", openapi_extra=_body_of(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        raw, size = await read_object(request)
+        body = parse(TokenizeBody, raw)
+        return JSONResponse(await off_loop(size, lambda: models.tokenize(model, body)))
+
+    @app.post("/detokenize", openapi_extra=_body_of(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        raw, size = await read_object(request)
+        body = parse(DetokenizeBody, raw)
+        return JSONResponse(await off_loop(size, lambda: models.detokenize(model, body)))
+
+
+def _body_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """The request body in the OpenAPI document; the routes read it themselves."""
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"title": schema.__name__, "type": "object"}}
+            },
+        },
+    }

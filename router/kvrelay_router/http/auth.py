@@ -1,0 +1,53 @@
+"""API keys. Everything is closed except the routes named here."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvrelay_protocol.errors import Unauthorized
+from kvrelay_router.http.errors import error_response
+
+PUBLIC_PATHS = frozenset({"/health", "/metrics"})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class RequireKey:
+    """Answers 401 unless a known key comes as `Authorization: Bearer` or `x-api-key`."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        """Args: no keys means no authentication. Only their digests are kept."""
+        self._app = app
+        self._digests = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._digests and scope["path"] not in PUBLIC_PATHS:
+            presented = _presented_key(Headers(scope=scope))
+            if presented is None:
+                missing = Unauthorized(
+                    "no API key: send 'Authorization: Bearer <key>' or 'x-api-key'"
+                )
+                await error_response(missing)(scope, receive, send)
+                return
+            if not self._knows(presented):
+                await error_response(Unauthorized("incorrect API key"))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _knows(self, key: str) -> bool:
+        presented = _digest(key)
+        # Every key is compared, so the time says nothing about which one is near.
+        matches = [hmac.compare_digest(presented, known) for known in self._digests]
+        return any(matches)
+
+
+def _presented_key(headers: Headers) -> str | None:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get("x-api-key") or None

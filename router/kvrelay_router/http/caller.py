@@ -1,0 +1,57 @@
+"""What a caller says in headers about the request as a whole."""
+
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+
+from kvrelay_protocol.errors import InvalidRequest
+from kvrelay_protocol.trace import TraceContext
+from kvrelay_router.requests.types import PathKind
+
+
+@dataclass(frozen=True, slots=True)
+class CallerWishes:
+    """What a caller says in headers."""
+
+    traceparent: str | None
+    force_path: PathKind | None
+    deadline_s: float
+
+    @classmethod
+    def from_headers(cls, headers: Headers, longest_s: float) -> "CallerWishes":
+        """Read them.
+
+        Raises:
+            InvalidRequest: one has a value that can't be followed.
+        """
+        traceparent = headers.get("traceparent")
+        context = TraceContext.parse(traceparent)
+        return cls(
+            None if context is None else context.traceparent,
+            _force_path(headers.get("x-kvrelay-force-path")),
+            _deadline(headers.get("x-request-timeout"), longest_s),
+        )
+
+
+def _force_path(given: str | None) -> PathKind | None:
+    if given is None:
+        return None
+    try:
+        return PathKind(given)
+    except ValueError:
+        names = " or ".join(PathKind)
+        message = f"x-kvrelay-force-path must be {names}"
+        raise InvalidRequest(message, param="x-kvrelay-force-path") from None
+
+
+def _deadline(given: str | None, longest_s: float) -> float:
+    if given is None:
+        return longest_s
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:  # NaN as well
+        message = "x-request-timeout must be a positive number of seconds"
+        raise InvalidRequest(message, param="x-request-timeout")
+    return min(seconds, longest_s)

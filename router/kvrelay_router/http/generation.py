@@ -1,0 +1,270 @@
+"""The answers of one HTTP request while they are made.
+
+One task per answer reads the service's events and appends outputs; the writer takes all that are
+there. So the service never waits for a slow reader, and text that piles up meanwhile leaves as one
+delta. What can pile up is bounded by `max_tokens`.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvrelay_protocol.errors import ClientGone, InternalError, KvrelayError
+from kvrelay_router.http.errors import log_defect
+from kvrelay_router.http.timings import timings_object, usage_object
+from kvrelay_router.http.validation import ChoicePlan, GenerationPlan
+from kvrelay_router.requests.types import (
+    Failed,
+    Finished,
+    FinishReason,
+    Path,
+    Placed,
+    Queued,
+    RequestEvent,
+    RequestService,
+    RequestStats,
+    RequestStream,
+    Resumed,
+    Started,
+    Tokens,
+)
+
+
+@dataclass(slots=True)
+class Delta:
+    """New text of one answer."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One answer is complete."""
+
+    index: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Progress, for clients of the SDK's protocol."""
+
+    event: str
+    data: dict[str, Any]
+
+
+Output = Delta | End | Notice
+
+
+class Choice:
+    """One answer: events in, outputs out."""
+
+    def __init__(self, plan: ChoicePlan, stream: RequestStream) -> None:
+        self.plan = plan
+        self.stream = stream
+        self.path: Path | None = None
+        self.cached_tokens = 0
+        self.stats: RequestStats | None = None
+        self.reason: FinishReason | None = None
+        self.error: KvrelayError | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.reason is not None or self.error is not None
+
+    def handle(self, event: RequestEvent) -> list[Output]:
+        """Take one event of the service."""
+        index = self.plan.index
+        match event:
+            case Tokens(ids):
+                if self.plan.text.stopped():
+                    return []
+                text = self.plan.text.push(ids)
+                if self.plan.text.stopped():
+                    self.stream.stop_early()
+                return [Delta(index, text)] if text else []
+            case Finished(reason, stats):
+                return self._end(reason, stats)
+            case Failed(error):
+                if self.plan.text.stopped():
+                    # The answer was complete before the failure; only its timings are lost.
+                    return self._end(FinishReason.STOP, None)
+                self.error = error
+                return []
+            case Placed(path):
+                self.path = path
+                return []
+            case Queued(position, eta_s):
+                return [Notice("queued", {"position": position, "eta_s": eta_s})]
+            case Started(cached_tokens):
+                self.cached_tokens = cached_tokens
+                return [Notice("started", self._started())]
+            case Resumed(gap_s, from_index):
+                return [Notice("resumed", {"gap_s": gap_s, "from_index": from_index})]
+
+    def _end(self, reason: FinishReason, stats: RequestStats | None) -> list[Output]:
+        index = self.plan.index
+        text = self.plan.text.flush()
+        self.stats = stats
+        # The flush may complete a stop string, and the service can't know of stop strings.
+        self.reason = FinishReason.STOP if self.plan.text.stopped() else reason
+        rest: list[Output] = [Delta(index, text)] if text else []
+        return [*rest, End(index, self.reason)]
+
+    def _started(self) -> dict[str, Any]:
+        path = self.path
+        return {
+            "path": path and path.kind.value,
+            "reason": path and path.reason,
+            "prefill_worker": path and path.prefill_worker,
+            "decode_worker": path and path.decode_worker,
+            "cached_tokens": self.cached_tokens,
+            "prompt_tokens": len(self.plan.request.prompt_tokens),
+        }
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of this answer; those computed after a stop string don't count."""
+        if self.stats is None or self.plan.text.stopped():
+            return self.plan.text.tokens
+        return self.stats.completion_tokens
+
+
+class Generation:
+    """All answers of one HTTP request. Owns their streams: `close` leaves none running."""
+
+    def __init__(
+        self,
+        service: RequestService,
+        plan: GenerationPlan,
+        *,
+        notices: bool,
+    ) -> None:
+        """Args: without `notices` progress is dropped, so that silence is silence."""
+        self.plan = plan
+        self._notices = notices
+        self.choices: list[Choice] = []
+        self.gone = False
+        """The client left."""
+        self._service = service
+        self._outputs: list[Output] = []
+        self._wake = asyncio.Event()
+        self._pumps: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Submit every answer.
+
+        Raises:
+            KvrelayError: the service refuses one; `close` cancels those before it.
+        """
+        for plan in self.plan.choices:
+            self.choices.append(Choice(plan, self._service.submit(plan.request)))
+        self._outputs += [Delta(c.plan.index, c.plan.echo) for c in self.choices if c.plan.echo]
+        self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
+
+    @property
+    def path(self) -> Path | None:
+        """Where the first placed answer runs."""
+        return next((choice.path for choice in self.choices if choice.path is not None), None)
+
+    @property
+    def error(self) -> KvrelayError | None:
+        """The first failure; it fails the whole request."""
+        return next((choice.error for choice in self.choices if choice.error is not None), None)
+
+    @property
+    def complete(self) -> bool:
+        """Every answer ended well."""
+        return bool(self.choices) and all(choice.reason is not None for choice in self.choices)
+
+    @property
+    def trace_id(self) -> str:
+        return self.choices[0].stream.trace_id
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come."""
+        return self.complete or self.gone or self.error is not None
+
+    async def wait(self, until: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait for a condition on this object, a failure or a lost client; False if time ran out."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not (until() or self.over):
+                    self._wake.clear()
+                    await self._wake.wait()
+                return True
+        return False
+
+    async def placed(self, timeout_s: float | None) -> bool:
+        """Wait until it is known where the request runs."""
+        return await self.wait(lambda: self.path is not None, timeout_s)
+
+    async def outputs(self, timeout_s: float | None = None) -> list[Output]:
+        """Everything new, once there is something; empty if time ran out or nothing will come."""
+        await self.wait(lambda: bool(self._outputs), timeout_s)
+        taken, self._outputs = self._outputs, []
+        return taken
+
+    def client_gone(self) -> None:
+        """Cancel everything at once: nobody is left to answer."""
+        self.gone = True
+        self._cancel("client disconnected")
+        self._wake.set()
+
+    async def close(self, reason: str = "response ended") -> None:
+        """Cancel what still runs and end the tasks."""
+        self._cancel(reason)
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def _cancel(self, reason: str) -> None:
+        for choice in self.choices:
+            if not choice.over:
+                choice.stream.cancel(reason)
+
+    async def _pump(self, choice: Choice) -> None:
+        try:
+            async for event in choice.stream:
+                self._emit(choice.handle(event))
+                if choice.over:
+                    break
+            else:
+                choice.error = InternalError("the request ended without a result")
+        except Exception as error:
+            log_defect(error, self.plan.id)
+            choice.error = InternalError("internal error while generating")
+        if isinstance(choice.error, ClientGone):
+            self.gone = True
+        self._wake.set()
+
+    def _emit(self, outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            if isinstance(output, Notice) and not self._notices:
+                continue
+            last = self._outputs[-1] if self._outputs else None
+            if isinstance(output, Delta) and isinstance(last, Delta) and last.index == output.index:
+                last.text += output.text
+            else:
+                self._outputs.append(output)
+        self._wake.set()
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts; a prompt shared by several answers counts once."""
+        first_of_prompt = {c.plan.prompt_index: c for c in reversed(self.choices)}.values()
+        return usage_object(
+            prompt_tokens=sum(len(c.plan.request.prompt_tokens) for c in first_of_prompt),
+            completion_tokens=sum(c.completion_tokens for c in self.choices),
+            cached_tokens=sum(
+                c.stats.cached_tokens if c.stats else c.cached_tokens for c in first_of_prompt
+            ),
+        )
+
+    def timings(self) -> dict[str, Any] | None:
+        """Where the first answer's time went; None where a failure after its end lost them."""
+        stats = self.choices[0].stats
+        return None if stats is None else timings_object(stats)
