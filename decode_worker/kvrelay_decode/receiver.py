@@ -103,14 +103,19 @@ class KvReceiver:
                 await receive.cancel()
 
     async def _turn(self, receive: Receive, buffer: memoryview) -> Received | None:
+        frame: Frame | None = None
+        damage: Exception | None = None
         try:
             nbytes = await self._next_message(receive)
-            if nbytes is None:
-                self._obey(self.lease.quiet())
-                return None
-            frame = await self._kit.copy(self._take, buffer, nbytes)
+            if nbytes is not None:
+                frame = await self._kit.copy(self._take, buffer, nbytes)
         except (CorruptFrame, StaleFrame, Truncated) as error:
-            self._obey(self.lease.corrupt(), error)
+            damage = error
+        if damage is not None:
+            self._obey(self.lease.corrupt(), damage)
+            return None
+        if nbytes is None or frame is None:
+            self._obey(self.lease.quiet())
             return None
         self._count(nbytes)
         if frame.header.kind is FrameKind.KV_GROUP:
