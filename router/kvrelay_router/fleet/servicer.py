@@ -155,7 +155,7 @@ async def create_fleet_server(
     """
     server = grpc.aio.server(options=SERVER_OPTIONS)
     servicer = FleetServicer(registry, router_id=router_id, heartbeat_s=config.heartbeat_s)
-    fleet_pb2_grpc.add_FleetServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    fleet_pb2_grpc.add_FleetServicer_to_server(servicer, server)
     address = f"{config.join_host}:{config.join_port}"
     try:
         port = server.add_insecure_port(address)
