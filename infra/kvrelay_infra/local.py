@@ -259,7 +259,7 @@ class Supervisor:
                 join = f"{fleet.join_host}:{fleet.join_port}"
                 detail = f"{fleet.base_url}, workers join at {join}"
                 self._console.phase("router", detail, seconds=now - self._began)
-                self._waiting_since = self._began = now
+                self._waiting_since = now
             case Phase.SERVING:
                 names = " ".join(spec.name for spec in fleet.workers)
                 self._console.phase("workers", f"{names} ready", seconds=now - self._began)

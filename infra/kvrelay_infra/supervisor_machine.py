@@ -175,7 +175,8 @@ class SupervisorMachine:
     def handle(self, event: Event) -> list[Action]:
         match event:
             case Begin():
-                return self._spawn(self._router)
+                # All at once: workers load their weights while the router starts, then dial it.
+                return [a for child in self._children.values() for a in self._spawn(child)]
             case RouterListening():
                 return self._router_listening()
             case Health():
@@ -208,8 +209,7 @@ class SupervisorMachine:
         if self.phase is not Phase.ROUTER:
             return []
         self.phase = Phase.WORKERS
-        spawned = [action for worker in self._workers for action in self._spawn(worker)]
-        return [Announce(Phase.WORKERS), *spawned]
+        return [Announce(Phase.WORKERS)]
 
     def _health(self, event: Health) -> list[Action]:
         if self.phase not in {Phase.WORKERS, Phase.SERVING}:

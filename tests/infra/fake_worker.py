@@ -35,7 +35,12 @@ if mode == "segment":
         mapped = mmap.mmap(file.fileno(), 0)
     print(f"segment {segment}", flush=True)
 print(f"pid {os.getpid()} group {os.getpgid(0)} session {os.getsid(0)}", flush=True)
-connection = socket.create_connection(("127.0.0.1", join_port))
+while True:
+    try:
+        connection = socket.create_connection(("127.0.0.1", join_port))
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.02)
 connection.sendall(name.encode())
 while True:
     time.sleep(0.1)

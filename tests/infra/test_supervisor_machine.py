@@ -44,14 +44,10 @@ def healthy(*, at: float, connected=WORKERS, ready=True) -> Health:
     return Health(ready, frozenset(connected), at)
 
 
-def test_workers_start_together_once_the_router_listens():
+def test_everything_starts_together_so_that_workers_load_while_the_router_starts():
     machine = SupervisorMachine("router", WORKERS)
-    assert machine.handle(Begin()) == [Spawn("router")]
-    assert machine.handle(RouterListening()) == [
-        Announce(Phase.WORKERS),
-        Spawn("prefill-0"),
-        Spawn("decode-0"),
-    ]
+    assert machine.handle(Begin()) == [Spawn("router"), Spawn("prefill-0"), Spawn("decode-0")]
+    assert machine.handle(RouterListening()) == [Announce(Phase.WORKERS)]
 
 
 def test_serving_begins_when_every_worker_has_joined():
@@ -84,7 +80,14 @@ def test_a_worker_that_ends_before_it_was_ready_stops_everything(name):
 def test_a_router_that_ends_before_it_listens_is_a_failed_start():
     machine = SupervisorMachine("router", WORKERS)
     machine.handle(Begin())
-    assert machine.handle(Exited("router", 5, 0.1)) == [Finish(failed="router", killed=False)]
+    assert machine.handle(Exited("router", 5, 0.1)) == [
+        Announce(Phase.CLOSING),
+        StartGrace(Phase.CLOSING),
+        Terminate("prefill-0"),
+        Terminate("decode-0"),
+    ]
+    machine.handle(Exited("prefill-0", -15, 0.2))
+    assert machine.handle(Exited("decode-0", -15, 0.2)) == [Finish(failed="router", killed=False)]
 
 
 def test_a_dead_worker_starts_again_at_once_then_with_growing_pauses():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from kvrelay.cli.preflight import check_device, check_ports, check_tls
 from kvrelay.cli.settings import own_thread_setting, set_threads
+from kvrelay_infra.host import count_gpus, read_cores
 from kvrelay_protocol.errors import DeviceUnavailable, UsageError
 from kvrelay_protocol.model_files import resolve_model
 
@@ -59,8 +60,6 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     model.weight_files()
     threads = values.threads or own_thread_setting() or 0
     if not threads:
-        from kvrelay_infra.host import read_cores
-
         threads = read_cores()
     # Before torch is imported: OpenMP reads its limit once.
     set_threads(threads)
@@ -104,7 +103,8 @@ def resolve_device(device: str) -> str:
         DeviceUnavailable: it does not.
     """
     kind, _, index = device.partition(":")
-    if kind == "cpu":
+    # Without a driver there is no need to ask torch, whose import is a start-up phase of its own.
+    if kind == "cpu" or (kind == "auto" and count_gpus() == 0):
         return "cpu"
     import torch
 
