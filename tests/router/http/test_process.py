@@ -1,0 +1,175 @@
+"""The router as a process: start, announce, drain, stop; and what keeps it from starting."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from scripted_service import write_model_folder
+
+from kvrelay_protocol.errors import PortInUse, UsageError
+from kvrelay_router.http.server import MAX_HEAD_BYTES, check_tls, listen
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from kvrelay_router.config import RouterConfig
+from kvrelay_router.main import run
+settings = json.loads(sys.argv[1])
+settings["model_dir"] = Path(settings["model_dir"])
+sys.exit(run(RouterConfig(model_name="org/tiny", join_port=0, **settings)))
+"""
+CHAT = {"model": "org/tiny", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+
+
+class Process:
+    def __init__(self, **settings):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(settings, default=str)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_until_serving(self):
+        self.lines = []
+        while line := self._process.stdout.readline():
+            self.lines.append(line)
+            if line.startswith("curl"):
+                break
+        self.url = re.search(r"http://\S+?(?=/v1)", self.lines[-1])[0]
+        return self
+
+    def signal(self, number=signal.SIGTERM):
+        self._process.send_signal(number)
+
+    def end(self):
+        out, err = self._process.communicate(timeout=20)
+        return self._process.returncode, out, err
+
+    def kill(self):
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def start(folder):
+    started = []
+
+    def start(**settings):
+        started.append(Process(**{"model_dir": folder, "port": 0, **settings}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_a_router_announces_itself_serves_and_stops(start):
+    process = start().wait_until_serving()
+    text = "".join(process.lines)
+    assert re.search(r"^tokenizer +\d+\.\d\d s$", text, re.MULTILINE)
+    assert "org/tiny, max context 512 tokens" in text
+    assert re.search(r"workers join at +127\.0\.0\.1:\d+", text)
+    health = httpx.get(f"{process.url}/health?verbose")
+    assert (health.status_code, health.json()["workers"]) == (503, [])
+    assert httpx.get(f"{process.url}/v1/models").json()["data"][0]["id"] == "org/tiny"
+    assert "# TYPE" in httpx.get(f"{process.url}/metrics").text
+    process.signal(signal.SIGINT)
+    status, out, err = process.end()
+    assert (status, err) == (0, "")
+    assert "draining" in out
+    assert out.endswith("stopped\n")
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_open_streams_get_the_grace_and_a_second_signal_ends_it(start, signals):
+    grace = 1.0 if signals == 1 else 30.0
+    process = start(queue_timeout_s=60, drain_grace_s=grace).wait_until_serving()
+    with httpx.stream(
+        "POST",
+        f"{process.url}/v1/chat/completions",
+        json=CHAT,
+        timeout=20,
+        headers={"x-stream-protocol": "1"},
+    ) as reply:
+        assert reply.status_code == 200  # queued: no worker has joined
+        began = time.monotonic()
+        process.signal()
+        time.sleep(0.3)
+        refused = httpx.post(f"{process.url}/v1/chat/completions", json=CHAT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_draining")
+        assert httpx.get(f"{process.url}/health").json()["phase"] == "draining"
+        if signals == 2:
+            process.signal()
+        text = reply.read().decode()
+    assert time.monotonic() - began < 5
+    assert '"code":"server_draining"' in text
+    assert text.endswith("data: [DONE]\n\n")
+    assert process.end()[0] == 0
+
+
+def test_a_port_in_use_is_found_before_anything_else(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse, match=f"port {port} "):
+            listen("127.0.0.1", port)
+        status, out, err = start(port=port, model_dir="/nowhere").end()
+    assert (status, out) == (PortInUse.exit_code, "")
+    assert err.count("\n") == 1
+    assert f"port {port} " in err
+
+
+def test_a_missing_folder_is_one_line_and_its_exit_code(start, tmp_path):
+    status, _, err = start(model_dir=tmp_path).end()
+    assert status == 3
+    assert err.count("\n") == 1
+    assert "config.json" in err
+
+
+def test_tls_files_are_checked_first(tmp_path):
+    check_tls(None, None)
+    with pytest.raises(UsageError, match="--tls-cert"):
+        check_tls(None, tmp_path)
+    with pytest.raises(UsageError, match="can't use TLS"):
+        check_tls(tmp_path / "missing.pem", None)
+    (tmp_path / "bad.pem").write_text("no certificate")
+    with pytest.raises(UsageError, match="can't use TLS"):
+        check_tls(tmp_path / "bad.pem", None)
+
+
+def test_an_unknown_host_is_a_usage_error():
+    with pytest.raises(UsageError, match="--host"):
+        listen("no.such.host.invalid", 0)
+    with pytest.raises(UsageError, match="can't listen"):
+        listen("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize("where", ["header", "path"])
+def test_an_endless_head_is_refused(live, where):
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
+        start = b"GET /health HTTP/1.1\r\nx-long: " if where == "header" else b"GET /health?"
+        connection.sendall(start)
+        sent = 0
+        answer = b""
+        try:
+            while sent < 20 * MAX_HEAD_BYTES:
+                connection.sendall(b"x" * 8192)
+                sent += 8192
+            answer = connection.recv(4096)
+        except ConnectionError:
+            answer = answer or b"HTTP/1.1 400"
+        assert b"400" in answer.partition(b"\r\n")[0]
