@@ -4,7 +4,14 @@ import functools
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCAB_SIZE, random_prompt, reference_generate, tiny_model
+from tiny_models import (
+    FAMILIES,
+    VOCAB_SIZE,
+    clear_case,
+    random_prompt,
+    reference_generate,
+    tiny_model,
+)
 
 from kvrelay_engine.batch import Batch, SequenceSlice
 from kvrelay_engine.loading import load_engine
@@ -17,9 +24,12 @@ EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 25
 LENGTHS = (*EDGES, *range(5, 590, 8), *range(586, 601))
 
 
-@functools.cache
+def prompt_of(family, length):
+    return clear_case(tiny_model(family), length, NEW_TOKENS)[0]
+
+
 def expected(family, length):
-    return reference_generate(tiny_model(family), [random_prompt(length)], NEW_TOKENS)[0]
+    return list(clear_case(tiny_model(family), length, NEW_TOKENS)[1])
 
 
 @functools.cache
@@ -90,8 +100,8 @@ def finish(runner, sequences, chunk, new_tokens=NEW_TOKENS):
         step(runner, active, chunk)
 
 
-def start(number, length, blocks, **options):
-    return Running(number, random_prompt(length), blocks.take(length + NEW_TOKENS), **options)
+def start(family, number, length, blocks, **options):
+    return Running(number, prompt_of(family, length), blocks.take(length + NEW_TOKENS), **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,7 +113,7 @@ def test_a_hundred_prompts_in_mixed_batches_match_transformers(family):
     while waiting or active:
         while waiting and len(active) < 12:
             number, length = waiting.pop()
-            active.append(start(number, length, blocks))
+            active.append(start(family, number, length, blocks))
         step(runner, active, chunk=(61, 128, 97)[len(done) % 3])
         for sequence in [s for s in active if len(s.output) == NEW_TOKENS]:
             active.remove(sequence)
@@ -117,7 +127,7 @@ def test_a_hundred_prompts_in_mixed_batches_match_transformers(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_may_be_cut_anywhere(family, chunk):
     for length in (1, 17, 64, 129):
-        sequence = start(0, length, Blocks(520, seed=chunk))
+        sequence = start(family, 0, length, Blocks(520, seed=chunk))
         finish(shared_runner(family), [sequence], chunk)
         assert sequence.output == expected(family, length), length
 
@@ -126,14 +136,14 @@ def test_a_prompt_may_be_cut_anywhere(family, chunk):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shared_prefix_is_not_computed_again(family, shared):
     runner, blocks = shared_runner(family), Blocks(520)
-    first = start(0, 257, blocks)
+    first = start(family, 0, 257, blocks)
     finish(runner, [first], chunk=100)
-    prompt = [*random_prompt(257)[:shared], *random_prompt(40, seed=9)]
+    prompt = [*prompt_of(family, 257)[:shared], *random_prompt(40, seed=9)]
     own = blocks.take(len(prompt) + NEW_TOKENS - shared)
     table = first.table[: shared // BLOCK] + own
     # Two sequences on the same prefix at once, one of them cut.
     second = Running(1, prompt, table, computed=shared)
-    third = Running(2, random_prompt(257), first.table, computed=256)
+    third = Running(2, prompt_of(family, 257), first.table, computed=256)
     finish(runner, [second, third], chunk=23)
     reference = reference_generate(tiny_model(family), [prompt], NEW_TOKENS)[0]
     assert second.output == reference
@@ -145,7 +155,7 @@ def test_a_shared_prefix_is_not_computed_again(family, shared):
 def test_kv_moved_to_other_blocks_of_another_pool_decodes_on(family, length):
     """Prefill here, push each layer group as it is written, decode there."""
     source, target = shared_runner(family), make_runner(family, num_blocks=40)
-    prefill = start(0, length, Blocks(520))
+    prefill = start(family, 0, length, Blocks(520))
     decode_table = Blocks(40, seed=5).take(length + NEW_TOKENS)
     used = -(-length // BLOCK)
     moved = []
@@ -173,10 +183,10 @@ def test_kv_moved_to_other_blocks_of_another_pool_decodes_on(family, length):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_after_preemption_goes_on_where_it_stopped(family):
     runner, blocks = shared_runner(family), Blocks(520)
-    sequence = start(0, 100, blocks)
+    sequence = start(family, 0, 100, blocks)
     finish(runner, [sequence], chunk=64, new_tokens=3)
     blocks.give(sequence.table)
-    other = start(1, 129, blocks)
+    other = start(family, 1, 129, blocks)
     finish(runner, [other], chunk=64)
     sequence.computed, sequence.table = 0, blocks.take(100 + NEW_TOKENS)
     finish(runner, [sequence], chunk=50)
@@ -194,8 +204,9 @@ def test_recomputing_after_preemption_goes_on_where_it_stopped(family):
     ],
 )
 def test_layer_groups_are_reported_once_in_order_when_their_kv_is_final(group, calls):
-    runner = shared_runner("qwen3")
-    sequences = [start(0, 20, blocks := Blocks(520)), start(1, 33, blocks)]
+    family = "qwen3"
+    runner = shared_runner(family)
+    sequences = [start(family, 0, 20, blocks := Blocks(520)), start(family, 1, 33, blocks)]
     seen = []
 
     def layers_done(first, end):
@@ -224,12 +235,12 @@ def test_a_seeded_draw_does_not_depend_on_the_batch(family):
     ]
     lengths = [3, 40, 40, 17, 90]
     together = [
-        start(number, length, blocks, sampling=setting)
+        start(family, number, length, blocks, sampling=setting)
         for number, (length, setting) in enumerate(zip(lengths, settings, strict=True))
     ]
     finish(runner, together, chunk=19)
     for number, (length, setting) in enumerate(zip(lengths, settings, strict=True)):
-        alone = start(number, length, Blocks(520, seed=3), sampling=setting)
+        alone = start(family, number, length, Blocks(520, seed=3), sampling=setting)
         finish(runner, [alone], chunk=600)
         assert alone.output == together[number].output
     assert together[2].output == expected(family, 40)
@@ -237,10 +248,11 @@ def test_a_seeded_draw_does_not_depend_on_the_batch(family):
 
 
 def test_nothing_is_sampled_where_nothing_is_asked():
-    sequence = start(0, 40, Blocks(520))
+    family = "llama2"
+    sequence = start(family, 0, 40, Blocks(520))
     part = sequence.slice(16)
     assert part.sampling is None
-    assert shared_runner("llama2").step(Batch((part,))).tokens == {}
+    assert shared_runner(family).step(Batch((part,))).tokens == {}
 
 
 @pytest.mark.parametrize(

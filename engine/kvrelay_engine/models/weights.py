@@ -134,8 +134,9 @@ def _assemble(checkpoint: "_Checkpoint", config: ModelConfig) -> DecoderWeights:
     final_norm = _Part("model.norm.weight", (config.hidden_size,))
     head = embedding if config.tie_word_embeddings else _Part("lm_head.weight", table)
     plans = [_layer_plan(config, index) for index in range(config.num_layers)]
-    wanted = {embedding, final_norm, head, *(part for plan in plans for part in plan.parts())}
-    checkpoint.expect(wanted)
+    within = (part for plan in plans for part in plan.parts())
+    # A tied head is the embedding again: once is enough. The order makes errors repeatable.
+    checkpoint.expect(tuple(dict.fromkeys((embedding, *within, final_norm, head))))
 
     first = checkpoint.take((embedding,))
     layers = tuple(_load_layer(checkpoint, plan) for plan in plans)
@@ -189,9 +190,9 @@ class _Checkpoint:
     ) -> None:
         self._stack.close()
 
-    def expect(self, parts: set[_Part]) -> None:
+    def expect(self, parts: tuple[_Part, ...]) -> None:
         """Check names and shapes of all tensors to come, and learn how many bytes they are."""
-        missing = sorted(part.name for part in parts if part.name not in self._file_of)
+        missing = [part.name for part in parts if part.name not in self._file_of]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise InvalidModel(f"the weights in {self._model_dir} lack {missing[0]}{more}")

@@ -172,17 +172,22 @@ def test_an_unusable_index(folder, content, message):
         load(folder)
 
 
-def test_an_index_that_promises_too_much(tmp_path):
+def test_an_index_that_names_the_wrong_file(tmp_path):
     path = shutil.copytree(tiny_model("qwen3"), tmp_path / "model")
     index = json.loads((path / "model.safetensors.index.json").read_text())
     files = index["weight_map"]
-    moved = files["model.norm.weight"]
-    files["model.norm.weight"] = next(file for file in files.values() if file != moved)
+    held = files["model.norm.weight"]
+    files["model.norm.weight"] = next(file for file in files.values() if file != held)
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InvalidModel, match=r"lacks model\.norm\.weight"):
         load(path)
-    (path / moved).unlink()
-    with pytest.raises(InvalidModel, match=f"lacks the weight file {moved}"):
+
+
+def test_an_index_that_names_an_absent_file(tmp_path):
+    path = shutil.copytree(tiny_model("qwen3"), tmp_path / "model")
+    absent = sorted(path.glob("model-*.safetensors"))[-1]
+    absent.unlink()
+    with pytest.raises(InvalidModel, match=f"lacks the weight file {absent.name}"):
         load(path)
 
 
