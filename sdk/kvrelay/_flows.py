@@ -82,7 +82,7 @@ class _Attempts:
         where = self._flows.config.base_url
         match outcome.kind:
             case "connect_timeout":
-                error: APIConnectionError = self._limits.passed("connect", tail=f" to {where}")
+                error: APIConnectionError = self._limits.passed("connect", to=where)
             case "timeout":
                 late = self._flows.clock() >= self._limits.total_at
                 error = self._limits.passed("total" if late else self._within)

@@ -10,7 +10,7 @@ from kvrelay._errors import APITimeoutError, KvrelayClientError, Phase, StreamIn
 from kvrelay._events import Event, Finished, Resumed, Started, TextDelta, Usage
 from kvrelay._exchange import Head
 from kvrelay._types import Final, Timeout, Timings
-from kvrelay._wire import ServerError, ServerTimings
+from kvrelay._wire import ServerError, ServerTimings, with_request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +40,19 @@ class Limits:
         idle = now + self.idle_s if within == "idle" else math.inf
         return min(first, idle, self.total_at)
 
-    def passed(self, phase: Phase, *, partial: str = "", tail: str = "") -> APITimeoutError:
-        """The error for a limit that passed."""
+    def passed(
+        self, phase: Phase, *, partial: str = "", request_id: str | None = None, to: str = ""
+    ) -> APITimeoutError:
+        """The error for a limit that passed; `to` names the server where it matters."""
         seconds = {
             "connect": self.connect_s or 0.0,
             "first_token": self.first_token_at - self.started_at,
             "idle": self.idle_s,
             "total": self.total_at - self.started_at,
         }[phase]
-        return APITimeoutError(
-            f"{_WAITED_FOR[phase]} within {seconds:g} s (Timeout.{phase}){tail}",
-            phase=phase,
-            partial=partial,
-        )
+        waited_for = f"{_WAITED_FOR[phase]} to {to}" if to else _WAITED_FOR[phase]
+        message = f"{waited_for} within {seconds:g} s (Timeout.{phase})"
+        return APITimeoutError(with_request_id(message, request_id), phase=phase, partial=partial)
 
 
 _WAITED_FOR: Mapping[Phase, str] = {
@@ -93,7 +93,8 @@ class StreamState:
         first, self._opened = not self._opened, True
         self.request_id = head.headers.get("x-request-id")
         self.trace_id = head.headers.get("x-trace-id")
-        self._path = head.headers.get("x-kvrelay-path", "").partition(";")[0].strip() or None
+        path = head.headers.get("x-kvrelay-path", "pending").partition(";")[0].strip()
+        self._path = None if path == "pending" else path
         return first
 
     def take(self, event: Event, at: float) -> Event:
@@ -145,21 +146,18 @@ class StreamState:
     def timed_out(self, now: float) -> APITimeoutError:
         """The error after waiting in vain until now."""
         phase = self.overdue(now) or "idle"
-        return self.limits.passed(phase, partial=self._snapshot, tail=self._tail())
+        return self.limits.passed(phase, partial=self._snapshot, request_id=self.request_id)
 
     def interrupted(self, reason: str, error: ServerError | None = None) -> StreamInterrupted:
         """The error for an answer that broke off."""
         return StreamInterrupted(
-            f"{reason}{self._tail()}",
+            with_request_id(reason, self.request_id),
             partial=self._snapshot,
             code=error.code if error else None,
             type=error.type if error else None,
             param=error.param if error else None,
             request_id=self.request_id,
         )
-
-    def _tail(self) -> str:
-        return f" (request {self.request_id})" if self.request_id else ""
 
     # --- read by the caller ---
 

@@ -130,6 +130,7 @@ class Timings:
     kv_transport: str | None = None
     """What carried the KV blocks, by UCX's name for it."""
     kv_gbps: float | None = None
+    """10^9 bytes a second while blocks moved."""
     path: str | None = None
     """`disaggregated` or `local`."""
     reason: str | None = None

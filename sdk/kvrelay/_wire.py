@@ -343,9 +343,9 @@ def status_error(head: Head) -> APIStatusError:
     request_id = head.headers.get("x-request-id")
     general = InternalServerError if head.status >= 500 else APIStatusError
     cls = _BY_CODE.get((head.status, error.code)) or _BY_STATUS.get(head.status, general)
-    tail = f" (request {request_id})" if request_id else ""
+    status = f"{head.status} {error.code}" if error.code else f"{head.status}"
     found = cls(
-        f"{error.message} [{head.status}{f' {error.code}' if error.code else ''}]{tail}",
+        with_request_id(f"{error.message} [{status}]", request_id),
         status_code=head.status,
         code=error.code,
         type=error.type,
@@ -358,6 +358,12 @@ def status_error(head: Head) -> APIStatusError:
     return found
 
 
+def with_request_id(message: str, request_id: str | None) -> str:
+    """The message, naming the request unless the server already did."""
+    named = request_id is None or request_id in message
+    return message if named else f"{message} (request {request_id})"
+
+
 def _plain(head: Head) -> str:
     """The first line of a body that is not ours, a proxy's page for instance."""
     lines = head.body[:400].decode("utf-8", "replace").strip().splitlines()
@@ -365,8 +371,10 @@ def _plain(head: Head) -> str:
 
 
 _LIMIT = re.compile(r"(?:context (?:length|window|size)?|limit)\D{0,40}?(\d+)", re.IGNORECASE)
-_REQUESTED = re.compile(
-    r"(?:request(?:ed|s)?|resulted in|needs?|asks? for|has|have)\D{0,40}?(\d+)", re.IGNORECASE
+# In this order: "the request has 500 prompt tokens ..., which needs at least 600" means 600.
+_REQUESTED = tuple(
+    re.compile(rf"\b(?:{verb})\D{{0,40}}?(\d+)", re.IGNORECASE)
+    for verb in ("needs?", "requested|asks? for", "resulted in|has|have")
 )
 
 
@@ -375,7 +383,8 @@ def _overflow(data: Json, message: str) -> tuple[int | None, int | None]:
     fields = data.get("error")
     if isinstance(fields, dict) and {"limit", "requested"} <= fields.keys():
         return _int_or_none(fields, "limit"), _int_or_none(fields, "requested")
-    limit, requested = _LIMIT.search(message), _REQUESTED.search(message)
+    limit = _LIMIT.search(message)
+    requested = next((hit for verb in _REQUESTED if (hit := verb.search(message))), None)
     return int(limit[1]) if limit else None, int(requested[1]) if requested else None
 
 

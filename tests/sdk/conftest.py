@@ -36,7 +36,7 @@ class Asked:
 
 def _ask(base_url: str, messages: Any, options: dict[str, Any], **client: Any) -> Asked:
     asked = Asked()
-    with Client(base_url, retries=QUICK, **client) as made:
+    with Client(base_url, **{"retries": QUICK, **client}) as made:
         try:
             with made.stream(messages, **options) as stream:
                 asked.stream = stream
@@ -49,7 +49,7 @@ def _ask(base_url: str, messages: Any, options: dict[str, Any], **client: Any) -
 
 async def _ask_async(base_url: str, messages: Any, options: dict[str, Any], **client: Any) -> Asked:
     asked = Asked()
-    async with AsyncClient(base_url, retries=QUICK, **client) as made:
+    async with AsyncClient(base_url, **{"retries": QUICK, **client}) as made:
         try:
             async with made.stream(messages, **options) as stream:
                 asked.stream = stream

@@ -79,6 +79,10 @@ def test_the_queue_says_when_to_come_back(ask, server):
             "This model's maximum context length is 4096 tokens. However, your messages resulted in "
             "5000 tokens."
         ),
+        (
+            "this model's context length is 4096 tokens; the request has 4500 prompt tokens and "
+            "max_tokens=500, which needs at least 5000"
+        ),
     ],
 )
 def test_context_overflow_names_limit_and_request(ask, server, message):
