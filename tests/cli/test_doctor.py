@@ -39,6 +39,19 @@ def test_a_missing_package_fails_the_report(monkeypatch, capsys):
     assert "not-a-package is not installed: pip install 'kvrelay[all]'" in capsys.readouterr().out
 
 
+def test_the_transport_and_its_speed_are_reported(probed, capsys):
+    result = SimpleNamespace(
+        transport="tcp/lo", gb_per_s={1 << 20: 0.61, 1 << 26: 1.25}, latency_us=81.4
+    )
+    probed(lambda: result)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "  ucx               tcp/lo between two local processes" in out
+    assert "  speed 1 MiB       0.61 GB/s" in out
+    assert "  speed 64 MiB      1.25 GB/s" in out
+    assert "  latency 4 KiB     81 us one way" in out
+
+
 def test_a_refused_transport_fails_the_report(probed, capsys):
     def probe():
         raise TransportMisconfigured("UCX_TLS=sm leaves no usable transport")

@@ -146,6 +146,12 @@ def test_a_certificate_without_its_key(model_dir, capsys):
     assert_one_line(capsys, "--tls-key is missing")
 
 
+def test_an_environment_without_a_usable_transport(model_dir, capsys, monkeypatch):
+    monkeypatch.setenv("UCX_TLS", "sm")
+    assert up(model_dir) == 9
+    assert_one_line(capsys, "UCX_TLS='sm'")
+
+
 def test_too_little_memory_names_what_fits(model_dir, capsys, monkeypatch, no_process_starts):
     monkeypatch.setattr(stack, "read_memory", lambda: Memory(2 * GIB, 2 * GIB))
     assert up(model_dir, "--kv-memory", "1GiB") == 6

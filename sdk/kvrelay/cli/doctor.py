@@ -3,7 +3,7 @@
 import importlib.util
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
@@ -26,12 +26,14 @@ _NEEDED = ("torch", "ucxx-cu13", "grpcio", "fastapi", "uvicorn", "tokenizers")
 def run_doctor(values: SimpleNamespace) -> int:
     """Print the report; 0 when a stack can run here, otherwise 1."""
     problems: list[str] = []
+    # Before the probe: UCX's Python package sets some of these itself.
+    environment = relevant_environment()
     sections: list[tuple[str, Callable[[], Iterator[str]]]] = [
         ("versions", lambda: _versions(problems)),
         ("machine", _machine),
         ("devices", lambda: _devices(problems)),
         ("limits", _limits),
-        ("environment", _environment),
+        ("environment", lambda: _environment(environment)),
     ]
     if not values.skip_probe:
         sections.insert(-1, ("transport", lambda: _transport(problems)))
@@ -139,11 +141,12 @@ def _transport(problems: list[str]) -> Iterator[str]:
         yield _pair("ucx", f"failed: {error}")
         return
     yield _pair("ucx", f"{result.transport} between two local processes")
-    yield _pair("speed", f"{result.gbps:.2f} GB/s")
+    for size, rate in result.gb_per_s.items():
+        yield _pair(f"speed {format_size(size)}", f"{rate:.2f} GB/s")
+    yield _pair("latency 4 KiB", f"{result.latency_us:.0f} us one way")
 
 
-def _environment() -> Iterator[str]:
-    found = relevant_environment()
+def _environment(found: Sequence[tuple[str, str]]) -> Iterator[str]:
     if not found:
         yield "nothing set"
     for name, value in found:

@@ -137,6 +137,17 @@ def check_device(device: str, gpus: int) -> None:
         raise DeviceUnavailable(f"--device {device}: this machine has {gpus} GPU(s), from cuda:0")
 
 
+def check_transport() -> None:
+    """Refuse an environment that leaves UCX no usable transport, before a worker finds out.
+
+    Raises:
+        TransportMisconfigured: naming the variable.
+    """
+    from kvrelay_transfer.ucx_env import UcxOptions, ucx_config
+
+    ucx_config(UcxOptions())
+
+
 def check_tls(values: SimpleNamespace) -> None:
     """Certificate and key come together.
 

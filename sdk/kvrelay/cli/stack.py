@@ -16,6 +16,7 @@ from kvrelay.cli.preflight import (
     check_model,
     check_ports,
     check_tls,
+    check_transport,
     dtype_bytes,
     plan_memory,
 )
@@ -54,6 +55,7 @@ def defaults(**overrides: object) -> SimpleNamespace:
 def plan_stack(values: SimpleNamespace) -> StackPlan:
     """All checks; raises before any process has started."""
     check_tls(values)
+    check_transport()
     gpus = count_gpus() if values.device.startswith(("cuda", "auto")) else 0
     check_device(values.device, gpus)
     check_ports(

@@ -18,5 +18,5 @@ UP = Command(
     STACK_FLAGS,
     _run,
     epilog="Ctrl-C drains, twice stops at once. Exit codes: 2 flags, 3 no model, 4 unsupported\n"
-    "model, 5 port in use, 6 memory, 7 device, 8 a worker did not start.",
+    "model, 5 port in use, 6 memory, 7 device, 8 a worker did not start, 9 transport.",
 )
