@@ -74,8 +74,8 @@ class Script:
     """Fail every sequence at once."""
     stop_after: int | None = None
     """Output index whose token is the end-of-sequence token."""
-    die_at_index: int | None = None
-    """Break the stream just before sending the token of this output index."""
+    pause_at_index: int | None = None
+    """Stop for good just before the token of this output index: the moment for `die`."""
     obey_cancel: bool = True
 
 
@@ -306,10 +306,8 @@ class FakeWorker:
     async def _token(self, sequence: pb.Sequence, index: int) -> int:
         """Send the token of one output index; returns its finish reason (0: go on)."""
         await asyncio.sleep(self.script.step_s)
-        if index == self.script.die_at_index:
-            await asyncio.sleep(0.05)  # what was sent before is to arrive
-            self.die()
-            await asyncio.sleep(0)
+        if index == self.script.pause_at_index:
+            await asyncio.Event().wait()
         prompt = sequence.tokens[: len(sequence.tokens) - sequence.output_offset]
         finish = pb.FINISH_REASON_UNSPECIFIED
         if index + 1 == sequence.output_offset + sequence.max_tokens:

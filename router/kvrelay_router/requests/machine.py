@@ -635,7 +635,18 @@ class RequestMachine:
 
     def _tokens(self, event: TokensArrived) -> list[Action]:
         run = self._attempt()
-        if event.first_index > len(self.emitted):
+        due = len(self.emitted)
+        if (
+            event.first_index == due
+            and event.finish is None
+            and self.state is State.DECODING
+            and due > run.offset
+            and due + len(event.tokens) < self.request.max_tokens
+        ):
+            # The one event that comes for every token: what `_accept` does, less what can't apply.
+            self.emitted.extend(event.tokens)
+            return [Emit(Tokens(event.tokens))] if event.tokens else []
+        if event.first_index > due:
             return self._hold(run, event)
         skip = len(self.emitted) - event.first_index
         if skip > len(event.tokens):

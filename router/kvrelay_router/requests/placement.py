@@ -104,6 +104,8 @@ def _waiting(worker: WorkerState) -> int:
 
 
 def _accepts(worker: WorkerState, demand: Demand) -> bool:
+    if demand.replay:
+        return True  # a stream that has begun must not fail for a full line
     if worker.waiting < MAX_WAITING and _fits(worker, demand):
         return True
     return _waiting(worker) < MAX_WAITING

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import deque
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import Draining, KvrelayError
@@ -106,6 +105,8 @@ class RouterService:
         self._rate = DrainRate()
         self._draining = False
         self._pump_scheduled = False
+        self._generated = 0
+        """Tokens of the step message in hand, added to the metric once per message."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -184,6 +185,8 @@ class RouterService:
                     flight = self._by_sequence.get(run.sequence_id)
                     if flight is not None:
                         self._feed(flight, tokens_event(now, link.name, run))
+                self._metrics.generation_tokens.inc(self._generated)
+                self._generated = 0
             case "heartbeat":
                 self._metrics.worker_loads(link)
                 self._schedule_pump()
@@ -210,14 +213,11 @@ class RouterService:
 
     def _feed(self, flight: _Flight, event: m.Event) -> None:
         """Hand an event to the machine and carry out what it answers."""
-        events = deque([event])
         try:
-            while events:
-                event = events.popleft()
-                for action in flight.machine.handle(event):
-                    answer = self._carry_out(flight, action, event.at)
-                    if answer is not None:
-                        events.append(answer)
+            for action in flight.machine.handle(event):
+                answer = self._carry_out(flight, action, event.at)
+                if answer is not None:  # to `FindPlace`, which is always the last action
+                    self._feed(flight, answer)
         except Exception:
             logger.exception("defect", extra={"request_id": flight.request.request_id})
             if not isinstance(event, m.Broken):
@@ -246,7 +246,7 @@ class RouterService:
         flight.stream.put(event)
         match event:
             case Tokens(ids):
-                self._metrics.generation_tokens.inc(len(ids))
+                self._generated += len(ids)
                 if flight.last_token_at is None:
                     self._metrics.time_to_first_token.observe(at - flight.received_at)
                 else:

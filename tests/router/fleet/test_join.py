@@ -142,7 +142,7 @@ async def test_new_incarnation_replaces_the_old_link(fleet) -> None:
 
 
 async def test_silent_worker_is_given_up(fleet, monkeypatch) -> None:
-    monkeypatch.setattr(registry_module, "MIN_SILENCE_S", 0.6)
+    monkeypatch.setattr(registry_module, "MIN_SILENCE_S", 1.0)
     async with (
         fleet.worker("d0", change_hello=token) as frozen,
         fleet.worker("d1", change_hello=token),

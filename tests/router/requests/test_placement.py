@@ -99,6 +99,11 @@ def test_worker_without_room_takes_a_few_and_then_none() -> None:
     assert place(DEMAND, [replace(full, waiting=MAX_WAITING)], CONFIG) is None
 
 
+def test_replay_is_taken_in_spite_of_a_full_line() -> None:
+    full = replace(D0, available_blocks=0, waiting=MAX_WAITING, ungranted=MAX_WAITING)
+    assert place(replace(DEMAND, replay=True), [full], CONFIG).decode_worker == "d0"
+
+
 def test_burst_is_limited_by_blocks_and_not_by_count() -> None:
     placed = replace(D0, ungranted=30, pending_blocks=90)
     assert place(DEMAND, [placed], CONFIG) is not None
