@@ -8,6 +8,7 @@ Batch --prepare--> PreparedBatch --forward--> hidden --logits of sampling rows--
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ from kvrelay_engine.models.config import ModelConfig
 from kvrelay_engine.models.decoder import Decoder, PackedTokens
 from kvrelay_engine.sampler.sampler import PreparedSampling, prepare_sampling, sample_tokens
 from kvrelay_kernels.paged_attention import attention_layout
-
-Indices = NDArray[np.int64]
+from kvrelay_protocol.errors import InternalError
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class ModelRunner:
 
         Raises:
             ValueError: a slice is empty, or a token, position or block is out of range.
+            InternalError: the model's logits are not finite.
         """
         prepared = self.prepare(batch)
         groups = _LayerGroups(layers_done, group_layers, self.config.num_layers)
@@ -76,6 +77,7 @@ class ModelRunner:
         if not prepared.sampled_ids:
             return StepResult(tokens={})
         logits = self.decoder.logits(hidden.index_select(0, prepared.sampled_rows))
+        _check_finite(logits, prepared.sampled_ids)
         tokens = sample_tokens(logits, prepared.sampling).tolist()
         return StepResult(tokens=dict(zip(prepared.sampled_ids, tokens, strict=True)))
 
@@ -87,29 +89,27 @@ class ModelRunner:
         ordered = sorted(batch.slices, key=lambda part: len(part.tokens) != 1)
         lengths = [len(part.tokens) for part in ordered]
         contexts = [part.start + len(part.tokens) for part in ordered]
-        tables = [np.array(part.block_table, dtype=np.int64) for part in ordered]
-        for part, table in zip(ordered, tables, strict=True):
-            self._check(part, table)
-        tokens = np.concatenate([np.array(part.tokens, dtype=np.int64) for part in ordered])
+        tables = self._tables(ordered, contexts)
+        tokens = np.fromiter(
+            chain.from_iterable(part.tokens for part in ordered), np.int64, sum(lengths)
+        )
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ValueError(f"a token is outside the vocabulary of {self.config.vocab_size}")
-        positions = [
-            np.arange(part.start, context) for part, context in zip(ordered, contexts, strict=True)
-        ]
-        slots = np.concatenate(
-            [self._slots(table, at) for table, at in zip(tables, positions, strict=True)]
-        )
-        last_rows = np.cumsum(lengths) - 1
+        # Packed row r of sequence s holds position `contexts[s] - ends[s] + r`.
+        ends = np.cumsum(lengths)
+        positions = np.arange(len(tokens)) + np.repeat(contexts - ends, lengths)
+        size = self.pool.block_size
+        blocks = tables[np.repeat(np.arange(len(ordered)), lengths), positions // size]
         sampled = [index for index, part in enumerate(ordered) if part.sampling is not None]
         return PreparedBatch(
             packed=PackedTokens(
                 ids=self._to_device(tokens),
-                positions=self._to_device(np.concatenate(positions)),
-                slots=self._to_device(slots),
-                layout=attention_layout(self._padded_tables(tables, contexts), lengths, contexts),
+                positions=self._to_device(positions),
+                slots=self._to_device(blocks.astype(np.int64) * size + positions % size),
+                layout=attention_layout(self._to_device(tables), lengths, contexts),
             ),
             sampled_ids=tuple(ordered[index].sequence_id for index in sampled),
-            sampled_rows=self._to_device(last_rows[sampled]),
+            sampled_rows=self._to_device(ends[sampled] - 1),
             sampling=prepare_sampling(
                 [part.sampling for part in ordered if part.sampling is not None],
                 [contexts[index] for index in sampled],
@@ -117,36 +117,40 @@ class ModelRunner:
             ),
         )
 
-    def _check(self, part: SequenceSlice, table: Indices) -> None:
-        """An index out of range would read or write another sequence's KV."""
-        if not part.tokens or part.start < 0:
-            raise ValueError(f"sequence {part.sequence_id}: no tokens or a negative start")
-        if len(table) * self.pool.block_size < part.start + len(part.tokens):
-            raise ValueError(f"sequence {part.sequence_id}: the block table is too short")
-        if table.min() < 0 or table.max() >= self.pool.num_blocks:
-            raise ValueError(f"sequence {part.sequence_id}: a block is outside the pool")
+    def _tables(
+        self, slices: Sequence[SequenceSlice], contexts: Sequence[int]
+    ) -> NDArray[np.int32]:
+        """The blocks that the step touches, `[slices, most]`, padded with block 0.
 
-    def _slots(
-        self,
-        table: Indices,
-        positions: Indices,
-    ) -> Indices:
-        size = self.pool.block_size
-        return table[positions // size] * size + positions % size
-
-    def _padded_tables(
-        self,
-        tables: Sequence[Indices],
-        contexts: Sequence[int],
-    ) -> torch.Tensor:
+        Everything is checked here: an index out of range would read or write another sequence's KV.
+        """
         needed = [-(-context // self.pool.block_size) for context in contexts]
-        padded = np.zeros((len(tables), max(needed)), dtype=np.int32)
-        for row, table, blocks in zip(padded, tables, needed, strict=True):
-            row[:blocks] = table[:blocks]
-        return self._to_device(padded)
+        tables = np.zeros((len(slices), max(needed)), dtype=np.int32)
+        for part, row, blocks in zip(slices, tables, needed, strict=True):
+            if not part.tokens or part.start < 0:
+                raise ValueError(f"sequence {part.sequence_id}: no tokens or a negative start")
+            if len(part.block_table) < blocks:
+                raise ValueError(f"sequence {part.sequence_id}: the block table is too short")
+            row[:blocks] = part.block_table[:blocks]
+        outside = ((tables < 0) | (tables >= self.pool.num_blocks)).any(axis=1)
+        if outside.any():
+            wrong = slices[int(outside.argmax())].sequence_id
+            raise ValueError(f"sequence {wrong}: a block is outside the pool")
+        return tables
 
     def _to_device(self, array: NDArray[np.int64 | np.int32]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _check_finite(logits: torch.Tensor, sequence_ids: tuple[int, ...]) -> None:
+    """A token drawn from NaN looks like any other: refuse it, and never answer with it."""
+    finite = logits.amax(-1).isfinite()
+    if not finite.all():
+        broken = [i for i, good in zip(sequence_ids, finite.tolist(), strict=True) if not good]
+        raise InternalError(
+            f"the model's logits are not finite for sequences {broken}; "
+            "where float16 overflows, bfloat16 or float32 does not"
+        )
 
 
 class _LayerGroups:

@@ -15,6 +15,7 @@ from tiny_models import (
 
 from kvrelay_engine.batch import Batch, SequenceSlice
 from kvrelay_engine.loading import load_engine
+from kvrelay_protocol.errors import InternalError
 from kvrelay_protocol.sampling import SamplingParams
 
 BLOCK = 16
@@ -284,3 +285,20 @@ def test_an_empty_batch_and_an_empty_group_are_refused():
     part = SequenceSlice(1, (1, 2), 0, (0,), GREEDY)
     with pytest.raises(ValueError, match="group_layers is 0"):
         runner.step(Batch((part,)), group_layers=0)
+
+
+def test_logits_that_are_not_finite_are_an_error_and_never_a_token():
+    runner = make_runner("llama2", num_blocks=4)
+    runner.pool.tensor[1, 1, 0, 3] = float("nan")
+    healthy = SequenceSlice(1, (9,), 16, (2, 3), GREEDY)
+    broken = SequenceSlice(2, (9,), 15, (0,), GREEDY)
+    assert runner.step(Batch((healthy,))).tokens
+    with pytest.raises(InternalError, match=r"not finite for sequences \[2\]"):
+        runner.step(Batch((healthy, broken)))
+
+
+def test_a_block_table_may_be_longer_than_the_step_needs():
+    part = SequenceSlice(1, (1, 2), 0, (5,), GREEDY)
+    longer = SequenceSlice(1, (1, 2), 0, (5, 6, 10**6), GREEDY)
+    runner = shared_runner("llama2")
+    assert runner.step(Batch((part,))) == runner.step(Batch((longer,)))
