@@ -175,7 +175,7 @@ def open_frame(buffer: Buffer, nbytes: int, expected: Expected | None = None) ->
         raise CorruptFrame(
             f"the digest of a frame with {payload_bytes} payload bytes does not hold"
         )
-    if kind not in FrameKind:
+    if kind not in tuple(FrameKind):
         raise CorruptFrame(f"unknown frame kind {kind}")
     if expected is not None:
         _check_current(expected, lease_id, epoch, generation)

@@ -159,6 +159,8 @@ class InprocTransport(KVTransport):
         finally:
             self._outgoing.discard(message)
             message.data = memoryview(b"")
+            # A traceback somebody keeps must not keep the caller's buffer exported.
+            data.release()
 
     def _reach(self, peer: bytes) -> "InprocTransport":
         if self._loop is None or self._address not in _LISTENING:

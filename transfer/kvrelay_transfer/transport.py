@@ -30,7 +30,7 @@ __all__ = [
 MAX_TAG = 2**64 - 1
 
 
-class Truncated(TransferError):  # noqa: N818 - the tree's names have no suffix
+class Truncated(TransferError):
     """The message is longer than the buffer posted for it; nothing was written."""
 
     code = "truncated"

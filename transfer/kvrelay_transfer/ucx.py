@@ -225,12 +225,17 @@ class UcxTransport(KVTransport):
     async def send(self, peer: bytes, tag: int, buffer: Buffer) -> None:
         data = readable_bytes(buffer)
         remote = self._reach(peer)
-        if len(data) <= INLINE_BYTES:
-            await self._say_and_wait(remote, _Kind.INLINE, value=tag, payload=bytes(data))
-        else:
-            await self._send_long(remote, tag, data)
+        size = len(data)
+        try:
+            if size <= INLINE_BYTES:
+                await self._say_and_wait(remote, _Kind.INLINE, value=tag, payload=bytes(data))
+            else:
+                await self._send_long(remote, tag, data)
+        finally:
+            # A traceback somebody keeps must not keep the caller's buffer exported.
+            data.release()
         self.stats.messages_sent += 1
-        self.stats.bytes_sent += len(data)
+        self.stats.bytes_sent += size
 
     async def _send_long(self, remote: _Peer, tag: int, data: memoryview) -> None:
         outcome = asyncio.get_running_loop().create_future()
@@ -467,7 +472,7 @@ class UcxTransport(KVTransport):
         self._mailbox.discard(lambda a: a.peer is remote and a.payload is None)
         if remote.incoming:
             self._lost.add(remote)
-        remote.endpoint.close()
+        self._require_worker().disconnect(remote.endpoint)
         for incoming in list(remote.incoming.values()):
             for op in incoming.ops:
                 op.cancel()

@@ -12,6 +12,10 @@ What had to be worked around, in the binding (0.52) and in UCX (1.21):
 - A received message's length is not reported: our own headers carry it.
 - The worker's destructor receives every unexpected message to its end, into memory of the size the
   sender announced. A sender that stands still would hang the exit: `close` takes them out first.
+- Closing an endpoint by force while it sends ties endpoint, requests and worker together for good
+  (`close_blocking` files the sends as "canceling" and never takes them out), and the other way,
+  `close`, sets the force flag without the bit that makes UCX read it: it waits for the peer. So
+  `close` destroys such a worker through UCX's own call and leaks the binding's empty shell.
 - `progress_once` leaves the binding's scheduled cancels undone, `progress` does them.
 - One call of `progress_once` may push everything that was posted for sending (47 ms for 64 MiB on
   loopback), so big messages have to be posted in pieces.
@@ -67,16 +71,29 @@ class _Native:
             # void ucxx::Request::cancel(): the binding calls it from a destructor only.
             self.cancel = getattr(ucxx, "_ZN4ucxx7Request6cancelEv")  # noqa: B009 - mangled name
             self._print_info = ucp.ucp_ep_print_info
+            self._destroy, self._cleanup = ucp.ucp_worker_destroy, ucp.ucp_cleanup
         except (OSError, AttributeError) as error:
             raise TransportMisconfigured(
                 f"this ucxx lacks a call that kvrelay needs ({error}); install ucxx-cu13 0.52"
             ) from error
         self.cancel.argtypes, self.cancel.restype = [ctypes.c_void_p], None
         self._print_info.argtypes, self._print_info.restype = [ctypes.c_void_p] * 2, None
+        self._destroy.argtypes, self._destroy.restype = [ctypes.c_void_p], None
+        self._cleanup.argtypes, self._cleanup.restype = [ctypes.c_void_p], None
         self._libc = ctypes.CDLL(None)
         self._libc.open_memstream.restype = ctypes.c_void_p
         self._libc.fclose.argtypes = [ctypes.c_void_p]
         self._libc.free.argtypes = [ctypes.c_void_p]
+
+    def destroy(self, worker: Any, context: Any) -> None:
+        """Give back what a worker holds although the binding's objects can't be freed any more."""
+        fd = worker.epoll_file_descriptor
+        for shell in (worker, context):
+            # Never to be destructed: their destructors would destroy a second time.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(shell))
+        self._destroy(worker.handle)
+        self._cleanup(context.handle)
+        os.close(fd)
 
     def lanes(self, handle: int) -> str:
         """The transports of an endpoint, such as "tcp/eth0", joined by "+" where several."""
@@ -92,18 +109,20 @@ class _Native:
 class Op:
     """A posted request. Its buffer belongs to UCX until `done`."""
 
-    __slots__ = ("_keep", "_native", "_on_done", "_request", "done")
+    __slots__ = ("_keep", "_native", "_on_done", "_request", "done", "endpoint")
 
     def __init__(
         self,
         request: Any,
-        keep: memoryview,
+        keep: Any,
         on_done: Callable[[Exception | None], None],
         native: _Native,
+        endpoint: "Endpoint | None" = None,
     ) -> None:
         self.done = False
+        self.endpoint = endpoint
         self._request = request
-        self._keep: memoryview | None = keep
+        self._keep = keep
         self._on_done = on_done
         self._native = native
 
@@ -143,12 +162,10 @@ class Endpoint:
     def lanes(self) -> str:
         return self._native.lanes(self.handle.handle) if self.alive else ""
 
-    def close(self) -> None:
-        """Drop the connection at once; what is under way on it completes with an error."""
-        if self.handle is not None:
-            self.handle.close_blocking()
-            # The binding's endpoint keeps the worker, its sockets and UCX's thread alive.
-            self.handle = None
+    def detach(self) -> Any:
+        """Take the binding's endpoint out, to close it; afterwards this one is not alive."""
+        handle, self.handle = self.handle, None
+        return handle
 
 
 class UcxWorker:
@@ -160,6 +177,8 @@ class UcxWorker:
         self._ops: list[Op] = []
         self._turn: asyncio.Handle | None = None
         self._closed = False
+        self._entangled = False
+        """A connection was dropped while it was sending; see the module."""
         self._api = load_ucx()
         from ucxx._lib.arr import Array
         from ucxx.types import Tag, TagMask
@@ -203,7 +222,7 @@ class UcxWorker:
     ) -> Op:
         """Post a send. `on_done` is called from a later turn, never from here."""
         request = endpoint.handle.tag_send(self._array(view), self._tag(tag))
-        return self._post(Op(request, view, on_done, self.native))
+        return self._post(Op(request, view, on_done, self.native, endpoint))
 
     def receive(
         self, tag: int, view: memoryview, on_done: Callable[[Exception | None], None]
@@ -211,6 +230,17 @@ class UcxWorker:
         """Post a receive. `on_done` is called from a later turn, never from here."""
         request = self._worker.tag_recv(self._array(view), self._tag(tag))
         return self._post(Op(request, view, on_done, self.native))
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        """Drop a connection at once; what is under way on it completes with an error."""
+        handle = endpoint.detach()
+        if handle is None:
+            return
+        self._entangled = self._entangled or any(
+            op.endpoint is endpoint and not op.completed for op in self._ops
+        )
+        handle.close_blocking()
+        self.kick()
 
     def _post(self, op: Op) -> Op:
         self._ops.append(op)
@@ -271,13 +301,13 @@ class UcxWorker:
         deadline = time.monotonic() + _SELF_TEST_S
         while not all(request.completed for request in requests):
             if time.monotonic() > deadline or not endpoint.alive:
-                endpoint.close()
+                endpoint.detach().close_blocking()
                 raise TransportMisconfigured("a message to this process itself does not arrive")
             self._worker.progress_once()
             other.progress_once()
             await asyncio.sleep(0)
         lanes = endpoint.lanes
-        endpoint.close()
+        endpoint.detach().close_blocking()
         del requests
         return lanes
 
@@ -304,6 +334,8 @@ class UcxWorker:
         if self._turn is not None:
             self._turn.cancel()
         self._empty_queue()
+        if self._entangled and not self._ops:
+            self.native.destroy(self._worker, self._context)
         self._ops = []
         # In this order: the context outlives its worker.
         self._worker = None

@@ -1,0 +1,138 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvrelay_protocol.errors import CorruptFrame, StaleFrame
+from kvrelay_protocol.trace import TraceContext
+from kvrelay_transfer.frames import (
+    HEADER_SIZE,
+    Expected,
+    FrameHeader,
+    FrameKind,
+    open_frame,
+    seal,
+)
+
+LEASE = bytes(range(16))
+U16, U32, U64 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+TRACES = st.builds(
+    TraceContext,
+    st.binary(min_size=16, max_size=16).filter(any),
+    st.binary(min_size=8, max_size=8).filter(any),
+    st.integers(0, 255),
+)
+HEADERS = st.builds(
+    FrameHeader,
+    kind=st.sampled_from(FrameKind),
+    lease_id=st.binary(min_size=16, max_size=16),
+    epoch=U64,
+    generation=U32,
+    sequence=U32,
+    layer_start=U16,
+    layer_count=U16,
+    block_first=U32,
+    block_count=U32,
+    total_messages=U32,
+    trace=st.none() | TRACES,
+)
+
+
+def sealed(header: FrameHeader, payload: bytes, spare: int = 0) -> bytearray:
+    buffer = bytearray(HEADER_SIZE) + payload + bytes(spare)
+    seal(buffer, header, len(payload))
+    return buffer
+
+
+def some_header(**changes: object) -> FrameHeader:
+    return FrameHeader(FrameKind.KV_GROUP, LEASE, 7, 3, 0, **changes)  # type: ignore[arg-type]
+
+
+@given(HEADERS, st.binary(max_size=300), st.integers(0, 50))
+def test_a_frame_is_read_as_it_was_written(header: FrameHeader, payload: bytes, spare: int):
+    buffer = sealed(header, payload, spare)
+    frame = open_frame(buffer, HEADER_SIZE + len(payload))
+    assert frame.header == header
+    assert frame.payload == payload
+
+
+@given(HEADERS, st.binary(max_size=40))
+@settings(max_examples=15, deadline=None)
+def test_every_flipped_bit_is_detected(header: FrameHeader, payload: bytes):
+    buffer = sealed(header, payload)
+    for bit in range(len(buffer) * 8):
+        buffer[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CorruptFrame):
+            open_frame(buffer, len(buffer))
+        buffer[bit // 8] ^= 1 << bit % 8
+    open_frame(buffer, len(buffer))
+
+
+@given(HEADERS, st.binary(max_size=200))
+@settings(max_examples=15, deadline=None)
+def test_every_truncation_is_detected(header: FrameHeader, payload: bytes):
+    buffer = sealed(header, payload)
+    for nbytes in range(len(buffer)):
+        with pytest.raises(CorruptFrame):
+            open_frame(buffer, nbytes)
+        with pytest.raises(CorruptFrame):
+            open_frame(buffer[:nbytes], nbytes)
+    with pytest.raises(CorruptFrame):
+        open_frame(buffer, len(buffer) + 1)
+    with pytest.raises(CorruptFrame):
+        open_frame(buffer + b"\0", len(buffer) + 1)
+
+
+@given(st.binary(max_size=400))
+def test_noise_is_corrupt(noise: bytes):
+    with pytest.raises(CorruptFrame):
+        open_frame(noise, len(noise))
+
+
+def test_a_large_payload_with_one_wrong_bit_is_detected():
+    buffer = sealed(some_header(), bytes(3_000_000))
+    buffer[2_000_001] ^= 4
+    with pytest.raises(CorruptFrame, match="digest"):
+        open_frame(buffer, len(buffer))
+
+
+@pytest.mark.parametrize(
+    ("expected", "words"),
+    [
+        (Expected(bytes(16), 7, 3), f"lease {LEASE.hex()}, expected {bytes(16).hex()}"),
+        (Expected(LEASE, 8, 3), "epoch 0x7, expected 0x8"),
+        (Expected(LEASE, 7, 4), "allocation 3, expected 4"),
+    ],
+)
+def test_a_frame_of_another_lease_epoch_or_allocation_is_stale(expected: Expected, words: str):
+    buffer = sealed(some_header(), b"payload")
+    assert open_frame(buffer, len(buffer), Expected(LEASE, 7, 3)).payload == b"payload"
+    with pytest.raises(StaleFrame, match=words):
+        open_frame(buffer, len(buffer), expected)
+
+
+def test_corruption_is_found_before_staleness():
+    buffer = sealed(some_header(), b"payload")
+    buffer[9] ^= 1
+    with pytest.raises(CorruptFrame):
+        open_frame(buffer, len(buffer), Expected(bytes(16), 7, 3))
+
+
+def test_the_bytes_to_send_are_header_and_payload_only():
+    buffer = bytearray(HEADER_SIZE + 100)
+    view = seal(buffer, some_header(), 60)
+    assert len(view) == HEADER_SIZE + 60
+    assert bytes(view[:4]) == b"KVRF"
+
+
+@pytest.mark.parametrize(
+    ("header", "payload_bytes"),
+    [
+        (some_header(), 41),
+        (some_header(), -1),
+        (some_header(layer_start=70_000), 0),
+        (FrameHeader(FrameKind.HANDOVER, b"short", 7, 3, 0), 0),
+    ],
+)
+def test_what_does_not_fit_is_refused(header: FrameHeader, payload_bytes: int):
+    with pytest.raises(ValueError, match=r"fit|range|16 bytes"):
+        seal(bytearray(HEADER_SIZE + 40), header, payload_bytes)

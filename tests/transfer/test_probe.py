@@ -1,0 +1,90 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kvrelay_protocol.errors import TransferError, TransportMisconfigured
+from kvrelay_transfer.probe import measure
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize(("uri", "transport"), [("ucx://", "tcp/"), ("inproc://", "inproc")])
+async def test_a_probe_says_what_was_chosen_and_how_fast_it_is(uri: str, transport: str):
+    result = await measure(uri, [MIB, 4 * MIB])
+    assert result.transport.startswith(transport)
+    assert list(result.gb_per_s) == [MIB, 4 * MIB]
+    assert all(0.001 < rate < 1000 for rate in result.gb_per_s.values())
+    assert 0.1 < result.latency_us < 100_000
+    assert transport in str(result)
+
+
+async def test_a_probe_that_cannot_start_says_why():
+    with pytest.raises(TransportMisconfigured, match="shared memory"):
+        await measure("ucx://?tls=cma")
+
+
+async def test_a_probe_that_takes_too_long_ends():
+    with pytest.raises(TransferError, match=r"did not end within 0\.3 s"):
+        await measure("ucx://", [64 * MIB], timeout_s=0.3)
+
+
+def children_of(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return stat.rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def wait_for(condition, seconds: float = 10.0):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+    return value
+
+
+async def test_the_child_dies_with_its_parent():
+    code = "from kvrelay_transfer.probe import probe; probe('ucx://', [64 << 20] * 50)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        (child,) = await wait_for(lambda: children_of(parent.pid))
+        await asyncio.sleep(0.3)
+    finally:
+        parent.kill()
+        parent.wait()
+    await wait_for(lambda: not alive(child), 5)
+
+
+async def test_a_killed_child_is_an_error_not_a_hang():
+    measuring = asyncio.create_task(measure("ucx://", [64 * MIB] * 50))
+    before = set(children_of(os.getpid()))
+    (child,) = await wait_for(lambda: set(children_of(os.getpid())) - before)
+    await asyncio.sleep(1.0)
+    os.kill(child, signal.SIGKILL)
+    with pytest.raises(TransferError):
+        await asyncio.wait_for(measuring, 5)
+
+
+def test_the_command_prints_one_line():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "kvrelay_transfer.probe", "ucx://?tls=sm"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 9
+    assert done.stderr.startswith("error: ucx:// option tls='sm' names shared memory")
+    assert len(done.stderr.splitlines()) == 1
