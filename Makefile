@@ -70,10 +70,12 @@ $(VENV)/.installed-torch: $(VENV)/.created
 	@touch $@
 
 $(VENV)/.installed-all: pyproject.toml $(VENV)/.installed-torch
-	$(BIN)/python -m pip install --quiet --editable '.[all]'
+	@echo 'packages: kvrelay[all] (minutes the first time)'
+	@$(BIN)/python -m pip install --quiet --editable '.[all]'
 	@touch $@
 
 # dev contains all: a later `make demo` has nothing to do.
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-torch
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo 'packages: kvrelay[dev] (minutes the first time)'
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(VENV)/.installed-all $@

@@ -175,6 +175,14 @@ class Supervisor:
         """Process ids of the children started last."""
         return {name: child.pid for name, child in self._children.items()}
 
+    def last_lines(self, count: int) -> list[str]:
+        """What each child printed last, with its name."""
+        return [
+            f"  [{name}] {line}"
+            for name, child in self._children.items()
+            for line in child.tail(count)
+        ]
+
     def _install_signals(self) -> dict[int, Any]:
         def on_signal(_number: int, _frame: FrameType | None) -> None:
             self.stop()
@@ -325,6 +333,10 @@ class LocalStack:
 
     def pids(self) -> dict[str, int]:
         return self._supervisor.pids()
+
+    def last_lines(self, count: int) -> list[str]:
+        """What each process printed last, with its name."""
+        return self._supervisor.last_lines(count)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -225,7 +225,11 @@ def ready_stack(monkeypatch, server):
     monkeypatch.setattr(
         demo,
         "LocalStack",
-        lambda *_: nullcontext(SimpleNamespace(base_url=server.base_url)),
+        lambda *_: nullcontext(
+            SimpleNamespace(
+                base_url=server.base_url, last_lines=lambda _count: ["  [router] a warning"]
+            )
+        ),
     )
     monkeypatch.setattr(demo, "exit_on_sigterm", lambda: None)
     return seen
@@ -259,4 +263,6 @@ def test_a_failing_demo_exits_1(ready_stack, server, piped, capsys):
     server.queue(status(400, "no"))
     piped("")
     assert main(["demo"]) == 1
-    assert "kvrelay: " in capsys.readouterr().err
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("kvrelay: ")
+    assert err[1] == "  [router] a warning"

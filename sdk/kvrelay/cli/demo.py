@@ -31,6 +31,8 @@ def run_demo(values: SimpleNamespace) -> int:
                 )
             except KvrelayClientError as error:
                 print(f"kvrelay: {describe_error(error)}", file=sys.stderr)
+                if not values.verbose:
+                    print("\n".join(stack.last_lines(12)), file=sys.stderr)
                 return 1
             print(f"\n{card(reply)}", flush=True)
             prompt = _next_prompt()
