@@ -4,10 +4,7 @@ The work happens inside the response, not in the handler: the watch for a lost c
 all of it, from before the first token to the last byte.
 """
 
-import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -19,6 +16,7 @@ from kvrelay_router.http.errors import error_object, internal_error, log_defect
 from kvrelay_router.http.frames import Frames
 from kvrelay_router.http.generation import Delta, End, Generation, Notice, Output
 from kvrelay_router.http.request_id import request_id_of
+from kvrelay_router.http.slow_client import SendGuard
 from kvrelay_router.requests.types import Path, PathKind
 
 ABORT_EXTENSION = "kvrelay.abort"
@@ -60,12 +58,15 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         try:
-            async with watch_disconnect(receive, generation.client_gone):
+            async with (
+                watch_disconnect(receive, generation.client_gone),
+                SendGuard(send, self._patience.send_s) as guard,
+            ):
                 generation.start()
                 if generation.plan.stream:
-                    await self._stream(scope, send)
+                    await self._stream(scope, guard.send)
                 else:
-                    await self._whole(scope, receive, send)
+                    await self._whole(scope, receive, guard.send)
         except TimeoutError:
             # The client reads nothing. The engine never waited; now the buffers go too.
             await generation.close("client too slow")
@@ -87,8 +88,7 @@ class Answer(Response):
         body = self._frames.whole(list(zip(texts, reasons, strict=True)), generation.usage())
         if (timings := generation.timings()) is not None:
             body["kvrelay"] = timings
-        async with asyncio.timeout(self._patience.send_s):
-            await JSONResponse(body, headers=self._own_headers())(scope, receive, send)
+        await JSONResponse(body, headers=self._own_headers())(scope, receive, send)
 
     async def _stream(self, scope: Scope, send: Send) -> None:
         generation = self._generation
@@ -99,7 +99,7 @@ class Answer(Response):
         if generation.error is not None:
             raise generation.error  # the head is not out yet: the real status
         headers = {**sse.HEADERS, **self._own_headers()}
-        await self._send(send, {
+        await send({
             "type": "http.response.start",
             "status": 200,
             "headers": [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()],
@@ -168,11 +168,7 @@ class Answer(Response):
 
     async def _body(self, send: Send, body: bytes, *, more: bool = True) -> None:
         if body or not more:
-            await self._send(send, {"type": "http.response.body", "body": body, "more_body": more})
-
-    async def _send(self, send: Send, message: Mapping[str, Any]) -> None:
-        async with asyncio.timeout(self._patience.send_s):
-            await send(dict(message))
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def _collect(texts: list[str], outputs: list[Output]) -> None:

@@ -6,7 +6,6 @@ delta. What can pile up is bounded by `max_tokens`.
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +152,8 @@ class Generation:
         self._outputs: list[Output] = []
         self._wake = asyncio.Event()
         self._pumps: list[asyncio.Task[None]] = []
+        self._running = len(plan.choices)
+        self._error: KvrelayError | None = None
 
     def start(self) -> None:
         """Submit every answer.
@@ -173,12 +174,12 @@ class Generation:
     @property
     def error(self) -> KvrelayError | None:
         """The first failure; it fails the whole request."""
-        return next((choice.error for choice in self.choices if choice.error is not None), None)
+        return self._error
 
     @property
     def complete(self) -> bool:
         """Every answer ended well."""
-        return bool(self.choices) and all(choice.reason is not None for choice in self.choices)
+        return self._running == 0
 
     @property
     def trace_id(self) -> str:
@@ -191,13 +192,26 @@ class Generation:
 
     async def wait(self, until: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait for a condition on this object, a failure or a lost client; False if time ran out."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while not (until() or self.over):
-                    self._wake.clear()
-                    await self._wake.wait()
-                return True
-        return False
+        if until() or self.over:
+            return True
+        expired = False
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            self._wake.set()
+
+        # A bare timer: asyncio.timeout costs several times as much, once a token.
+        loop = asyncio.get_running_loop()
+        timer = None if timeout_s is None else loop.call_later(timeout_s, expire)
+        try:
+            while not (until() or self.over or expired):
+                self._wake.clear()
+                await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return until() or self.over
 
     async def placed(self, timeout_s: float | None) -> bool:
         """Wait until it is known where the request runs."""
@@ -238,6 +252,9 @@ class Generation:
         except Exception as error:
             log_defect(error, self.plan.id)
             choice.error = InternalError("internal error while generating")
+        if choice.error is None:
+            self._running -= 1
+        self._error = self._error or choice.error
         if isinstance(choice.error, ClientGone):
             self.gone = True
         self._wake.set()

@@ -109,13 +109,11 @@ class WindowDetokenizer:
         self._pending: list[int] = []
 
     def _clean_context(self, context: Sequence[int]) -> list[int]:
-        # A context that begins or ends inside a run of byte tokens may cut a character in two.
+        # A context that begins inside a run of byte tokens may cut a character in two.
         tail = [i for i in context[-_CONTEXT_TOKENS:] if i not in self._skipped]
         while tail and self._is_byte(tail[0]):
             del tail[0]
-        if not tail or self._is_byte(tail[-1]) or _REPLACEMENT in self._decode(tail):
-            return []
-        return tail
+        return [] if _REPLACEMENT in self._decode(tail) else tail
 
     def push(self, ids: Sequence[int]) -> str:
         # Skipped tokens never enter the window: alone in it they would make the next word the first.
@@ -135,7 +133,11 @@ class WindowDetokenizer:
         return self._give_out(self._decode(self._out + self._pending)) if self._pending else ""
 
     def _give_out(self, text: str) -> str:
-        new = text[len(self._out_text) :]
+        if text.startswith(self._out_text):
+            new = text[len(self._out_text) :]
+        else:
+            # Bytes after a context that ends in bytes turned all of them invalid; what is out stays.
+            new = self._decode(self._pending)
         self._out, self._pending = self._pending, []
         self._out_text = self._decode(self._out)
         return new

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,7 +23,8 @@ from pathlib import Path
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.main import run
 settings = json.loads(sys.argv[1])
-settings["model_dir"] = Path(settings["model_dir"])
+for name in {"model_dir", "tls_cert", "tls_key"} & settings.keys():
+    settings[name] = Path(settings[name])
 sys.exit(run(RouterConfig(model_name="org/tiny", join_port=0, **settings)))
 """
 CHAT = {"model": "org/tiny", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -42,7 +45,7 @@ class Process:
             self.lines.append(line)
             if line.startswith("curl"):
                 break
-        self.url = re.search(r"http://\S+?(?=/v1)", self.lines[-1])[0]
+        self.url = re.search(r"https?://\S+?(?=/v1)", self.lines[-1])[0]
         return self
 
     def signal(self, number=signal.SIGTERM):
@@ -138,6 +141,22 @@ def test_a_missing_folder_is_one_line_and_its_exit_code(start, tmp_path):
     assert status == 3
     assert err.count("\n") == 1
     assert "config.json" in err
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_tls(start, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
+         "-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    process = start(tls_cert=cert, tls_key=key).wait_until_serving()
+    assert process.url.startswith("https://127.0.0.1:")
+    trusted = ssl.create_default_context(cafile=cert)
+    assert httpx.get(f"{process.url}/v1/models", verify=trusted).status_code == 200
+    process.signal()
+    assert process.end()[0] == 0
 
 
 def test_tls_files_are_checked_first(tmp_path):

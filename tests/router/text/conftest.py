@@ -26,6 +26,8 @@ def byte_fallback():
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         special_tokens=["<unk>", *SPECIAL_TOKENS, *bytes_],
+        # Fixed: ties among rare characters are broken differently in every run.
+        initial_alphabet=[*"▁abcdefghijklmnopqrstuvwxyz.,"],
         limit_alphabet=60,
         show_progress=False,
     )

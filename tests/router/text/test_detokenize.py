@@ -45,6 +45,15 @@ def test_after_a_context_only_the_new_text_is_shown(byte_fallback, before, after
     assert "".join(pieces(byte_fallback, ids, 1, context)) == " " + after
 
 
+def test_a_context_may_end_in_bytes(byte_fallback):
+    context = byte_fallback.encode("a𐍈", add_special_tokens=False)
+    more = byte_fallback.encode("b", add_special_tokens=False)
+    assert "".join(pieces(byte_fallback, more, 1, context)) == " b"
+    another = context[-4:]  # the character's bytes again, then a lone one
+    assert "".join(pieces(byte_fallback, another, 1, context)) == "𐍈"
+    assert "".join(pieces(byte_fallback, another[:1], 1, context)) == REPLACEMENT
+
+
 def test_a_context_that_ends_inside_a_character_is_left_out(byte_fallback):
     context = byte_fallback.encode("a𐍈", add_special_tokens=False)[:-1]
     assert "".join(pieces(byte_fallback, context[-1:], 1, context)) == REPLACEMENT
