@@ -242,7 +242,8 @@ def test_the_demo_asks_once_and_ends_when_not_on_a_terminal(ready_stack, server,
     assert "> What does os.path.join do?" in out
     assert "Joins paths." in out
     assert "KV moved  1.5 MiB over tcp/lo at 0.50 GB/s" in out
-    assert len(server.chats()) == 1
+    (chat,) = server.chats()
+    assert chat.json["temperature"] == 0
     (values,) = ready_stack
     assert (values.port, values.join_port, values.api_key) == (0, 0, ())
 

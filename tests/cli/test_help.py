@@ -1,8 +1,8 @@
 """The command answers quickly, and says what was misspelt."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -27,13 +27,15 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_help_answers_in_less_than_300_ms():
+    # CPU time is what an idle machine takes; the machine that runs the tests may not be idle.
     best = float("inf")
     for _ in range(5):
-        began = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-m", "kvrelay.cli", "up", "--help"], check=False, capture_output=True
-        )
-        best = min(best, time.monotonic() - began)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "kvrelay.cli", "up", "--help"]
+        subprocess.run(command, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        best = min(best, spent)
     assert best < 0.3
 
 

@@ -21,7 +21,11 @@ def run_demo(values: SimpleNamespace) -> int:
         LocalStack(plan.fleet, console) as stack,
         Client(stack.base_url, api_key="") as client,
     ):
-        options: ChatOptions = {"model": plan.name, "max_tokens": values.max_tokens}
+        options: ChatOptions = {
+            "model": plan.name,
+            "max_tokens": values.max_tokens,
+            "temperature": 0.0,  # the same answer every time
+        }
         prompt: str | None = values.prompt
         while prompt:
             print(f"\n> {prompt}\n", flush=True)
