@@ -94,7 +94,7 @@ def paged_attention(
 
     Args:
         query: `[tokens, query_heads, head_dim]`, dtype of the cache, may be a strided view.
-        key_cache: `[num_blocks, block_size, kv_heads, head_dim]`.
+        key_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous.
         value_cache: like `key_cache`.
         layout: which rows belong to which sequence, and its blocks.
         scale: factor of the scores before the softmax.
@@ -190,7 +190,9 @@ def _decode_group(
     _, block_size, kv_heads, _ = key_cache.shape
     blocks = -(-longest // block_size)
     lengths = lengths.unsqueeze(1)
-    tables = tables[:, :blocks]
+    tables = tables[:, :blocks].long()
+    last = (lengths - 1).long()
+    newest = tables.gather(1, last // block_size) * block_size + last % block_size
     position = torch.arange(blocks * block_size, device=query.device, dtype=torch.int32).unsqueeze(
         0
     )
@@ -204,10 +206,15 @@ def _decode_group(
     visible = position < lengths
     if sliding_window is not None:
         visible = visible & (position >= lengths - sliding_window)
-    flat = tables.flatten()
-    shape = (rows, tables.shape[1] * block_size, kv_heads, head_dim)
-    key = key_cache.index_select(0, flat).view(shape).transpose(1, 2)
-    value = value_cache.index_select(0, flat).view(shape).transpose(1, 2)
+    offset = torch.arange(block_size, device=query.device)
+    slots = (tables.unsqueeze(2) * block_size + offset).flatten(1)
+    # Invisible places read the row's own newest token: masked weights are zero, but zero times the
+    # NaN or infinity that another sequence may have left in a block would not be.
+    slots = slots.where(visible, newest).flatten()
+    shape = (rows, -1, kv_heads, head_dim)
+    flat = (-1, kv_heads, head_dim)
+    key = key_cache.view(flat).index_select(0, slots).view(shape).transpose(1, 2)
+    value = value_cache.view(flat).index_select(0, slots).view(shape).transpose(1, 2)
     # The query heads of one KV head stand in the place of query positions, so nothing is repeated.
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, head_dim)
     attended = functional.scaled_dot_product_attention(

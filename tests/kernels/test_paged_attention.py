@@ -120,6 +120,25 @@ def test_decodes_in_small_groups_equal_one_group(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("window", [None, 5, 20])
+def test_nothing_of_another_sequence_is_touched(window):
+    """Padding and the unused tails of blocks may hold anything, NaN included."""
+    query_lens, context_lens = [1, 1, 1, 5, 3], [3, 37, 16, 21, 3]
+    query, key, value, tables = make_case(
+        query_lens, context_lens, heads=4, kv_heads=2, head_dim=8, block_size=8, dtype=torch.float32
+    )
+    layout = op.attention_layout(tables, query_lens, context_lens)
+    clean = op.paged_attention(query, key, value, layout, scale=1.0, sliding_window=window)
+    used = torch.zeros(key.shape[:2], dtype=torch.bool)
+    for table, context in zip(tables, context_lens, strict=True):
+        positions = torch.arange(context)
+        used[table[positions // 8].long(), positions % 8] = True
+    assert not used[0].all()
+    key[~used], value[~used] = float("nan"), float("inf")
+    dirty = op.paged_attention(query, key, value, layout, scale=1.0, sliding_window=window)
+    assert torch.equal(clean, dirty)
+
+
 def test_queries_may_be_a_view_of_a_fused_projection():
     query, key, value, tables = make_case(
         [1, 5], [9, 20], heads=4, kv_heads=2, head_dim=8, block_size=4, dtype=torch.float32

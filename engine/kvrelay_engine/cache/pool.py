@@ -31,8 +31,7 @@ class KVPool:
         self.device = device
         self.dtype = dtype
         self.bytes_per_block = kv_bytes_per_block(config, block_size, dtype.itemsize)
-        # Zeros, not empty: attention reads the unused tail of a block before masking it, and a
-        # stray NaN would survive the mask.
+        # Zeros, so that whole blocks put on the wire never carry what the memory held before.
         self.tensor = torch.zeros(
             (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim),
             dtype=dtype,
