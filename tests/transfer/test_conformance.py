@@ -14,8 +14,11 @@ SIZES = [0, 1, 159, 4096, 7999, 8000, 8001, 8192, 65_537, MIB, 4 * MIB, 4 * MIB 
 Pair = tuple[KVTransport, KVTransport]
 
 
+BLOCKS = [bytes((i * 7 + seed) % 256 for i in range(65_521)) for seed in range(16)]
+
+
 def pattern(nbytes: int, seed: int = 0) -> bytes:
-    block = bytes((i * 7 + seed) % 256 for i in range(65_521))
+    block = BLOCKS[seed % 16]
     return (block * (nbytes // len(block) + 1))[:nbytes]
 
 
@@ -376,6 +379,29 @@ async def test_the_end_leaves_no_task_thread_descriptor_or_segment(
             await soon(stuck)
     await turns(2)
     assert asyncio.all_tasks() == tasks
+
+
+async def test_an_abort_while_bytes_move_leaves_nothing_either(leaves_nothing: None, scheme: str):
+    from kvrelay_transfer.transport import create_transport
+
+    a, b = create_transport(f"{scheme}://"), create_transport(f"{scheme}://")
+    await a.start()
+    await b.start()
+    buffer = bytearray(64 * MIB)
+    receive = b.receive(1, buffer)
+    sending = asyncio.create_task(a.send(b.address, 1, bytes(64 * MIB)))
+    async with asyncio.timeout(10):
+        while not buffer[-1] and not any(
+            s.under_way for p in getattr(a, "_peers", {}).values() for s in p.sends.values()
+        ):
+            await asyncio.sleep(0)
+            if scheme == "inproc" and b._incoming:
+                break
+    await soon(a.abort())
+    await soon(b.abort())
+    for outcome in (sending, receive.wait()):
+        with pytest.raises((PeerLost, TransferCancelled)):
+            await soon(outcome)
 
 
 async def test_buffers_that_cannot_work_are_refused(pair: Pair):

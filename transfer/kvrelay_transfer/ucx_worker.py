@@ -43,9 +43,10 @@ _SELF_TEST_S = 5.0
 _CLOSE_S = 2.0
 _LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+?)(?:\.\d+)?\s")
 
-# Rendezvous messages taken out of a dying worker's queue; see the module. Freeing such a handle
-# logs a warning to the terminal, keeping it costs 100 bytes.
-_ABANDONED: list[Any] = []
+
+def _keep_forever(thing: Any) -> None:
+    """Never destruct an object of the binding, not even at exit: its destructor would do harm."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def load_ucx() -> Any:
@@ -88,9 +89,8 @@ class _Native:
     def destroy(self, worker: Any, context: Any) -> None:
         """Give back what a worker holds although the binding's objects can't be freed any more."""
         fd = worker.epoll_file_descriptor
-        for shell in (worker, context):
-            # Never to be destructed: their destructors would destroy a second time.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(shell))
+        _keep_forever(worker)
+        _keep_forever(context)
         self._destroy(worker.handle)
         self._cleanup(context.handle)
         os.close(fd)
@@ -276,13 +276,14 @@ class UcxWorker:
 
     def _report(self) -> bool:
         """Finish what UCX has completed, in the order in which it was posted."""
-        completed = [op for op in self._ops if op.completed]
-        if not completed:
-            return False
-        self._ops = [op for op in self._ops if op not in completed]
+        completed: list[Op] = []
+        pending: list[Op] = []
+        for op in self._ops:
+            (completed if op.completed else pending).append(op)
+        self._ops = pending
         for op in completed:
             op.finish()
-        return True
+        return bool(completed)
 
     async def self_test(self) -> str:
         """Pass one message through a second worker; return the transports UCX chose.
@@ -327,7 +328,8 @@ class UcxWorker:
         if self._ops:
             # Their buffers can't be called free: keep them, with the requests, until exit.
             logger.error("%d UCX requests never completed; their buffers are kept", len(self._ops))
-            _ABANDONED.extend(self._ops)
+            for op in self._ops:
+                _keep_forever(op)
         self._closed = True
         self._loop.remove_reader(self._fd)
         self._safety.cancel()
@@ -348,7 +350,9 @@ class UcxWorker:
             if not found.matched:
                 return
             if found.length > 8191:
-                _ABANDONED.append(found)
+                # A rendezvous: receiving it could wait for ever, freeing it unreceived logs a
+                # warning to the terminal. Keeping it costs 100 bytes.
+                _keep_forever(found)
                 continue
             scratch = bytearray(max(found.length, 1))
             request = self._worker.tag_recv_with_handle(self._array(scratch), found)
