@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _TURN_BUDGET_S = 0.001
 """Time UCX gets before the loop's other callbacks have their turn."""
+_EVENTS_PER_REPORT = 16
+"""Looking for finished requests costs about as much as one event."""
 _SAFETY_PERIOD_S = 0.2
 """Progress is made this often even if no event says so: some UCX transports raise none."""
 _SELF_TEST_S = 5.0
@@ -263,7 +265,7 @@ class UcxWorker:
         if self._closed:
             return
         deadline = time.monotonic() + _TURN_BUDGET_S
-        while self._worker.progress_once() | self._report():
+        while self._advance() | self._report():
             if time.monotonic() > deadline:
                 self.kick()
                 break
@@ -273,6 +275,13 @@ class UcxWorker:
         self._on_turn()
         if not self._closed and self._turn is None and not self._worker.arm():
             self.kick()
+
+    def _advance(self) -> bool:
+        """Let UCX handle some events; each is a few tens of kilobytes on TCP."""
+        for events in range(_EVENTS_PER_REPORT):
+            if not self._worker.progress_once():
+                return events > 0
+        return True
 
     def _report(self) -> bool:
         """Finish what UCX has completed, in the order in which it was posted."""
