@@ -34,7 +34,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "heartbeat", "step_output", "sequence_started", "sequence_failed", "lease_granted", "kv_sent", "kv_received", "kv_missing", "cache_events", "drained")
+    __slots__ = ("hello", "heartbeat", "step_output", "sequence_started", "sequence_failed", "lease_granted", "kv_sent", "kv_received", "kv_missing", "drained")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     STEP_OUTPUT_FIELD_NUMBER: _ClassVar[int]
@@ -44,7 +44,6 @@ class WorkerMessage(_message.Message):
     KV_SENT_FIELD_NUMBER: _ClassVar[int]
     KV_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     KV_MISSING_FIELD_NUMBER: _ClassVar[int]
-    CACHE_EVENTS_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
@@ -55,9 +54,8 @@ class WorkerMessage(_message.Message):
     kv_sent: KvSent
     kv_received: KvReceived
     kv_missing: KvMissing
-    cache_events: CacheEvents
     drained: Drained
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., sequence_started: _Optional[_Union[SequenceStarted, _Mapping]] = ..., sequence_failed: _Optional[_Union[SequenceFailed, _Mapping]] = ..., lease_granted: _Optional[_Union[LeaseGranted, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., kv_received: _Optional[_Union[KvReceived, _Mapping]] = ..., kv_missing: _Optional[_Union[KvMissing, _Mapping]] = ..., cache_events: _Optional[_Union[CacheEvents, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., sequence_started: _Optional[_Union[SequenceStarted, _Mapping]] = ..., sequence_failed: _Optional[_Union[SequenceFailed, _Mapping]] = ..., lease_granted: _Optional[_Union[LeaseGranted, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., kv_received: _Optional[_Union[KvReceived, _Mapping]] = ..., kv_missing: _Optional[_Union[KvMissing, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "software_version", "worker_name", "incarnation", "role", "model", "kv_layout", "transport", "transport_address", "max_model_len", "device", "load", "join_token")
@@ -252,14 +250,6 @@ class KvMissing(_message.Message):
     sequence_id: int
     messages: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, sequence_id: _Optional[int] = ..., messages: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class CacheEvents(_message.Message):
-    __slots__ = ("stored", "evicted")
-    STORED_FIELD_NUMBER: _ClassVar[int]
-    EVICTED_FIELD_NUMBER: _ClassVar[int]
-    stored: _containers.RepeatedScalarFieldContainer[bytes]
-    evicted: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, stored: _Optional[_Iterable[bytes]] = ..., evicted: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Drained(_message.Message):
     __slots__ = ()

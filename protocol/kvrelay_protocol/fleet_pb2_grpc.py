@@ -45,7 +45,7 @@ class FleetServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Join(self, request_iterator, context):
-        """Upward: hello first, then heartbeats, cache events and one StepOutput per engine step.
+        """Upward: hello first, then heartbeats and one StepOutput per engine step.
         Downward: welcome or refused first, then work. A broken stream is a lost worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -147,7 +147,9 @@ async def test_losing_one_of_two_decode_workers_continues_the_stream_exactly(fau
         expected = reference_generate(stack.model_dir, [prompt], 200)[0]
         running = asyncio.create_task(stack.answer(prompt, 200))
         await asyncio.sleep(0.4)
-        (busy,) = [w.name for w in stack.core.service.health().workers if w.role == "decode" and w.running]
+        (busy,) = [
+            w.name for w in stack.core.service.health().workers if w.role == "decode" and w.running
+        ]
         lost = stack.workers.pop(busy)
         lost.task.cancel()
         await asyncio.gather(lost.task, return_exceptions=True)

@@ -121,7 +121,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def publish(self, data):
-        allocation, blocks, hashes, leased = data.draw(st.sampled_from(self.held))
+        _allocation, blocks, hashes, leased = data.draw(st.sampled_from(self.held))
         if leased:
             self.allocator.activate(blocks)
         for block, block_hash in zip(blocks, hashes, strict=False):
@@ -155,5 +155,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert counts.free + counts.cached == counts.total
 
 
-AllocatorMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AllocatorMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)
 TestAllocatorMachine = AllocatorMachine.TestCase

@@ -53,7 +53,9 @@ class Answer:
 class Worker:
     """One worker of the stack; `stop` drains it."""
 
-    def __init__(self, name: str, engine: Engine, task: asyncio.Task[None], shutdown: asyncio.Event):
+    def __init__(
+        self, name: str, engine: Engine, task: asyncio.Task[None], shutdown: asyncio.Event
+    ):
         self.name, self.engine, self.task, self.shutdown = name, engine, task, shutdown
 
     async def stop(self) -> None:

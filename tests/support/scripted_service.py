@@ -90,6 +90,7 @@ class ScriptedStream:
     def __init__(self, request: ValidRequest, steps: Sequence[Step]) -> None:
         self.request = request
         self.trace_id = TRACE_ID
+        self.traceparent = f"00-{TRACE_ID}-b7ad6b7169203331-01"
         self.cancelled: list[str] = []
         self.stopped_early = False
         self.ended = asyncio.Event()

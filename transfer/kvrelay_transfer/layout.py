@@ -3,9 +3,7 @@
 from dataclasses import dataclass, fields
 
 from kvrelay_protocol.errors import LayoutMismatch
-
-PROTOCOL_VERSION = 1
-"""Version of the KV plane: frame header, payload order, handover record."""
+from kvrelay_protocol.versions import KV_VERSION
 
 _ITEM_BYTES = {
     "float32": 4,
@@ -30,7 +28,7 @@ class KvLayout:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    protocol_version: int = PROTOCOL_VERSION
+    protocol_version: int = KV_VERSION
 
     def __post_init__(self) -> None:
         if self.dtype not in _ITEM_BYTES:

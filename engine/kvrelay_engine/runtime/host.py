@@ -17,10 +17,9 @@ from kvrelay_engine.runtime.startup import Engine, Phases
 from kvrelay_engine.runtime.step_loop import Scheduler, StepLoop
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import WorkerStartFailed
+from kvrelay_protocol.versions import JOIN_VERSION
 
 log = logging.getLogger(__name__)
-
-PROTOCOL_VERSION = 1
 
 
 def software_version() -> str:
@@ -147,7 +146,7 @@ class WorkerHost:
     def hello(self) -> pb.Hello:
         assert self._advertisement is not None  # noqa: S101 - set before the link is made
         return pb.Hello(
-            protocol_version=PROTOCOL_VERSION,
+            protocol_version=JOIN_VERSION,
             software_version=software_version(),
             worker_name=self.config.name,
             incarnation=self.incarnation,

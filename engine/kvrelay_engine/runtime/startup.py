@@ -10,12 +10,11 @@ from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.runtime.config import WorkerConfig
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import DeviceUnavailable, NotEnoughMemory
+from kvrelay_protocol.versions import KV_VERSION
 
 if TYPE_CHECKING:
     from kvrelay_engine.runner import ModelRunner
 
-KV_PROTOCOL_VERSION = 1
-"""Version of the block layout on the wire; two workers exchange blocks only if theirs are equal."""
 PROGRESS_EVERY_S = 5.0
 """A log is no terminal: one progress line per this many seconds."""
 
@@ -133,7 +132,7 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            protocol_version=KV_PROTOCOL_VERSION,
+            protocol_version=KV_VERSION,
         ),
         max_model_len=min(wanted, model.max_position_embeddings, num_blocks * config.block_size),
     )

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import InvalidRequest, LayoutMismatch, Unauthorized
+from kvrelay_protocol.versions import JOIN_VERSION
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.requests.placement import WorkerState
 
-PROTOCOL_VERSION = 1
 MAX_NAME_LENGTH = 128
 MIN_SILENCE_S = 3.0
 """A busy machine may delay a heartbeat; below this silence is not a sign of anything."""
@@ -153,7 +153,7 @@ class WorkerRegistry:
             )
         if hello.role not in {pb.ROLE_PREFILL, pb.ROLE_DECODE}:
             raise InvalidRequest(f"role: {hello.role} is neither prefill nor decode")
-        _same("protocol_version", hello.protocol_version, PROTOCOL_VERSION, "the router")
+        _same("protocol_version", hello.protocol_version, JOIN_VERSION, "the router")
         _same("model", hello.model, self._config.model_name, "the router")
         for link in self._links.values():
             if link.name == hello.worker_name:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -72,7 +73,8 @@ def _add_generating_routes(
     async def answer(request: Request, planner: _Planner, frames: _FramesType) -> Response:
         raw, size = await read_object(request)
         wishes = CallerWishes.from_headers(request.headers, config.request_timeout_s)
-        plan = await off_loop(size, lambda: planner(model, raw, wishes))
+        limited = within_limits(model, core)
+        plan = await off_loop(size, lambda: planner(limited, raw, wishes))
         named_events = request.headers.get("x-stream-protocol") == "1"
         return Answer(
             Generation(core, plan, notices=named_events),
@@ -90,6 +92,12 @@ def _add_generating_routes(
         return await answer(request, plan_completion, CompletionFrames)
 
 
+def within_limits(model: ServedModel, core: RequestService) -> ServedModel:
+    """The model as the workers that joined can run it: their pools may hold less than its context."""
+    limit = core.health().max_model_len
+    return model if limit is None else replace(model, max_model_len=min(model.max_model_len, limit))
+
+
 def _add_plain_routes(
     app: FastAPI,
     core: RequestService,
@@ -98,12 +106,14 @@ def _add_plain_routes(
 ) -> None:
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return JSONResponse({"object": "list", "data": [models.model_object(model)]})
+        return JSONResponse(
+            {"object": "list", "data": [models.model_object(within_limits(model, core))]}
+        )
 
     @app.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> Response:
         check_model(model, model_id)
-        return JSONResponse(models.model_object(model))
+        return JSONResponse(models.model_object(within_limits(model, core)))
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
@@ -122,7 +132,9 @@ def _add_plain_routes(
     async def tokenize(request: Request) -> Response:
         raw, size = await read_object(request)
         body = parse(TokenizeBody, raw)
-        return JSONResponse(await off_loop(size, lambda: models.tokenize(model, body)))
+        return JSONResponse(
+            await off_loop(size, lambda: models.tokenize(within_limits(model, core), body))
+        )
 
     @app.post("/detokenize", openapi_extra=_body_of(DetokenizeBody))
     async def detokenize(request: Request) -> Response:

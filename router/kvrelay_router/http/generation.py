@@ -7,7 +7,7 @@ delta. What can pile up is bounded by `max_tokens`.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvrelay_protocol.errors import ClientGone, InternalError, KvrelayError
@@ -162,7 +162,11 @@ class Generation:
             KvrelayError: the service refuses one; `close` cancels those before it.
         """
         for plan in self.plan.choices:
-            self.choices.append(Choice(plan, self._service.submit(plan.request)))
+            request = plan.request
+            if self.choices:
+                # Further answers are children of the first one's span: one trace, one root.
+                request = replace(request, traceparent=self.choices[0].stream.traceparent)
+            self.choices.append(Choice(plan, self._service.submit(request)))
         self._outputs += [Delta(c.plan.index, c.plan.echo) for c in self.choices if c.plan.echo]
         self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
 

@@ -1,21 +1,15 @@
 """The router without its HTTP front: registry, request service and gRPC server, wired once."""
 
-import asyncio
 import secrets
-import time
 
 from prometheus_client import CollectorRegistry
 
-from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import WorkerRegistry
 from kvrelay_router.fleet.servicer import FleetServer, create_fleet_server
 from kvrelay_router.metrics import RouterMetrics
 from kvrelay_router.requests.service import RouterService
-
-NOTICE_S = 1.0
-"""Longest wait for the drain notice to leave for the workers."""
 
 
 class RouterCore:
@@ -55,17 +49,11 @@ class RouterCore:
         self._server = await create_fleet_server(self.config, self.registry, router_id=router_id)
 
     async def drain(self) -> None:
-        """Refuse new requests, let the open ones end within the grace, then tell the workers."""
+        """Refuse new requests and let the open ones end within the grace.
+
+        The workers are not told: they may belong to other routers too, or to the next one here.
+        """
         await self.service.drain(self.config.drain_grace_s)
-        links = self.registry.links
-        notice = pb.RouterMessage(drain=pb.Drain(grace_seconds=self.config.drain_grace_s))
-        for link in links:
-            self.registry.send(link.name, notice)
-        give_up = time.monotonic() + NOTICE_S
-        while any(not k.outgoing_empty and not k.lost.done() for k in links):
-            if time.monotonic() > give_up:
-                return
-            await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
         """Close every worker's stream; requests still open end in `Draining`. Idempotent."""

@@ -131,7 +131,7 @@ class RouterService:
         )
         flight = _Flight(request, machine, RequestTrace(self._telemetry, request), received_at=now)
         flight.stream = EventStream(
-            flight.trace.trace_id,
+            flight.trace.context,
             on_cancel=lambda reason: self._feed(flight, m.ClientCancelled(self._clock(), reason)),
             on_stop=lambda: self._feed(flight, m.StoppedEarly(self._clock())),
         )
@@ -149,7 +149,13 @@ class RouterService:
         ready = any(v.role == Role.DECODE and not v.draining for v in views)
         if self._draining:
             return Health(ready=False, phase="draining", workers=views)
-        return Health(ready=ready, phase="ready" if ready else "no_decode_worker", workers=views)
+        limits = [k.max_model_len for k in self._registry.links if k.role is Role.DECODE]
+        return Health(
+            ready=ready,
+            phase="ready" if ready else "no_decode_worker",
+            workers=views,
+            max_model_len=min(limits, default=None),
+        )
 
     # ---- for the owner
 

@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
+from kvrelay_protocol.trace import TraceContext
 from kvrelay_router.requests.types import Failed, Finished, RequestEvent, Tokens
 
 
@@ -16,12 +17,13 @@ class EventStream:
 
     def __init__(
         self,
-        trace_id: str,
+        context: TraceContext,
         *,
         on_cancel: Callable[[str], None],
         on_stop: Callable[[], None],
     ) -> None:
-        self.trace_id = trace_id
+        self.trace_id = context.trace_id.hex()
+        self.traceparent = context.traceparent
         self._on_cancel = on_cancel
         self._on_stop = on_stop
         self._events: deque[RequestEvent] = deque()

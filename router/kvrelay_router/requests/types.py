@@ -139,6 +139,8 @@ class RequestStream(Protocol):
 
     trace_id: str
     """32 hexadecimal digits of the request's trace."""
+    traceparent: str
+    """W3C context of the request's root span: the parent of further answers to the same client."""
 
     def __aiter__(self) -> AsyncIterator[RequestEvent]: ...
 
@@ -171,6 +173,8 @@ class Health:
     ready: bool
     phase: str
     workers: tuple[WorkerView, ...] = field(default=())
+    max_model_len: int | None = None
+    """Tokens of prompt plus answer that every decode worker holds; None while none has joined."""
 
 
 class RequestService(Protocol):

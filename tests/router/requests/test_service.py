@@ -299,7 +299,7 @@ async def test_a_full_worker_leaves_the_rest_in_line_until_it_reports_room(make_
 
 
 async def test_forced_disaggregation_without_prefill_worker_has_no_place(make_rig) -> None:
-    rig = await make_rig(queue_timeout_s=0.2)
+    rig = await make_rig(queue_timeout_s=1.5)
     await rig.join("d0", "decode")
     forced = rig.submit(force_path=PathKind.DISAGGREGATED)
     # It does not stand in the way of those that can run.
@@ -307,7 +307,7 @@ async def test_forced_disaggregation_without_prefill_worker_has_no_place(make_ri
     assert isinstance(error_of(await collect(forced)), errors.NoCapacity)
 
 
-async def test_drain_lets_streams_end_and_tells_workers(make_rig) -> None:
+async def test_drain_lets_streams_end_and_leaves_the_workers_to_their_owner(make_rig) -> None:
     rig = await make_rig()
     decode = await rig.join("d0", "decode", step_s=0.02)
     stream = rig.submit()
@@ -318,7 +318,7 @@ async def test_drain_lets_streams_end_and_tells_workers(make_rig) -> None:
     assert rig.core.service.health().phase == "draining"
     assert tokens_of(await collect(stream)) == answer(PROMPT, 8)
     await draining
-    await decode.until(lambda: decode.kinds()[-1] == "drain")
+    assert "drain" not in decode.kinds()
 
 
 async def test_drain_fails_what_outlives_the_grace(make_rig) -> None:

@@ -1,0 +1,271 @@
+"""What a user sees of `kvrelay up`: answers, killed workers, lost clients, one trace per request."""
+
+import functools
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from server_process import Server, TraceSink, running_server
+from tiny_models import reference_generate, tiny_model
+from tokenizers import Tokenizer
+
+from kvrelay import Client, Finished, KvrelayClientError, TextDelta
+
+MODEL = "tiny"
+LONG = 400
+"""Tokens of an answer that is long enough to be killed in its middle."""
+QUESTION = [{"role": "user", "content": "the answer in another one"}]
+
+
+@pytest.fixture(scope="module")
+def sink():
+    collector = TraceSink()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="module")
+def server(sink):
+    shm = set(Path("/dev/shm").iterdir())
+    flags = ("--served-model-name", MODEL, "--kv-memory", "16MiB", "--dtype", "float32")
+    with running_server(tiny_model("llama3"), *flags, environment=sink.environment) as running:
+        yield running
+        processes = psutil.Process(running.process.pid).children(recursive=True)
+    _gone, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive, f"left behind: {alive}"
+    assert set(Path("/dev/shm").iterdir()) <= shm
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as opened:
+        yield opened
+
+
+@functools.cache
+def expected_text(max_tokens: int) -> tuple[list[int], str]:
+    """Prompt tokens and the text transformers would answer."""
+    folder = tiny_model("llama3")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
+    (tokens,) = reference_generate(folder, [prompt], max_tokens)
+    return prompt, Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens)
+
+
+def test_the_openai_client_gets_the_answer_of_transformers(server, client):
+    prompt, text = expected_text(20)
+    assert [m.id for m in client.models.list()] == [MODEL]
+    options = {"model": MODEL, "messages": QUESTION, "max_tokens": 20, "temperature": 0}
+    options["extra_body"] = {"ignore_eos": True}
+    whole = client.chat.completions.create(**options)
+    assert whole.choices[0].message.content == text
+    assert whole.choices[0].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(prompt), 20)
+    chunks = list(
+        client.chat.completions.create(
+            **options,
+            stream=True,
+            stream_options={"include_usage": True},
+        ),
+    )
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert streamed == text
+    assert chunks[-1].usage.completion_tokens == 20
+
+
+def test_the_sdk_streams_events_and_timings(server):
+    _, text = expected_text(20)
+    with (
+        Client(base_url=server.url) as client,
+        client.stream(QUESTION, max_tokens=20, temperature=0, extra={"ignore_eos": True}) as stream,
+    ):
+        events = list(stream)
+        assert "".join(e.text for e in events if isinstance(e, TextDelta)) == text
+        assert any(isinstance(e, Finished) for e in events)
+        timings = stream.timings
+        assert timings.path == "disaggregated"
+        assert (timings.prefill_worker, timings.decode_worker) == ("prefill-0", "decode-0")
+        assert timings.kv_bytes > 0
+        assert timings.kv_transport.startswith("tcp")
+        assert len(stream.trace_id) == 32
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_both_pools(server, stream):
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 1500, "temperature": 0}
+    body |= {"stream": stream, "ignore_eos": True}
+    with httpx.Client(base_url=server.url, timeout=0.7) as http, pytest.raises(httpx.ReadTimeout):
+        if stream:
+            with http.stream("POST", "/v1/chat/completions", json=body) as response:
+                begun = time.monotonic()
+                for _ in response.iter_lines():
+                    if time.monotonic() - begun > 0.5:
+                        raise httpx.ReadTimeout("walked away")
+        else:
+            http.post("/v1/chat/completions", json=body)
+    begun = time.monotonic()
+    server.wait_idle()
+    assert time.monotonic() - begun < 3
+
+
+def _stream_in_thread(server: Server, results: dict, max_tokens: int = LONG) -> threading.Thread:
+    """Stream one answer; record text, how it ended and when."""
+
+    def work() -> None:
+        with Client(base_url=server.url) as client:
+            try:
+                with client.stream(
+                    QUESTION,
+                    max_tokens=max_tokens,
+                    temperature=0,
+                    extra={"ignore_eos": True},
+                ) as stream:
+                    results["trace_id"] = stream.trace_id
+                    for event in stream:
+                        if isinstance(event, TextDelta):
+                            results["text"] = event.snapshot
+                            results["started"].set()
+                    results["end"] = stream.final().finish_reason
+            except KvrelayClientError as error:
+                results["end"] = error
+        results["ended"] = time.monotonic()
+
+    results["started"] = threading.Event()
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
+def test_kill_9_mid_stream_ends_in_the_answer_or_a_typed_error_within_3_s(server, sink, victim):
+    server.wait_for_workers("prefill-0", "decode-0")
+    before = server.worker_pid(victim)
+    results: dict = {}
+    thread = _stream_in_thread(server, results)
+    assert results["started"].wait(20)
+    killed = time.monotonic()
+    server.kill(victim)
+    thread.join(60)
+    _, text = expected_text(LONG)
+    if results["end"] == "length":
+        assert results["text"] == text
+    else:
+        assert victim == "decode-0"
+        assert isinstance(results["end"], KvrelayClientError)
+        assert results["end"].code == "worker_lost"
+        assert results["ended"] - killed < 3
+        assert text.startswith(results["text"])
+    server.wait_for_workers("prefill-0", "decode-0")
+    assert server.worker_pid(victim) != before
+    with Client(base_url=server.url) as client:
+        answer = client.chat(QUESTION, max_tokens=20, temperature=0, extra={"ignore_eos": True})
+    assert answer.text == expected_text(20)[1]
+    assert answer.timings.path == "disaggregated"
+    server.wait_idle()
+    # Spans the victim had not exported are gone with it; what is there hangs together.
+    _check_trace(sink, results["trace_id"], {"queue", "place"})
+
+
+def _check_trace(sink: TraceSink, trace_id: str, names: set[str]) -> dict[str, str]:
+    """One root and no orphan; returns the service of each span name."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        spans = sink.trace(trace_id)
+        if names <= {span.name for _, span in spans} and _roots(spans):
+            break
+        time.sleep(0.1)
+    time.sleep(0.7)  # one export interval: nothing else may come without a parent
+    spans = sink.trace(trace_id)
+    found = {span.name for _, span in spans}
+    assert names <= found, found
+    assert len(_roots(spans)) == 1
+    ids = {span.span_id for _, span in spans}
+    orphans = [s.name for _, s in spans if s.parent_span_id and s.parent_span_id not in ids]
+    assert not orphans, orphans
+    (root,) = _roots(spans)
+    for _, span in spans:
+        assert span.end_time_unix_nano >= span.start_time_unix_nano
+        assert span.start_time_unix_nano >= root.start_time_unix_nano - 1_000_000
+    text = " ".join(str(span) for _, span in spans)
+    assert "another one" not in text, "prompts stay out of spans"
+    return {span.name: service for service, span in spans}
+
+
+def _roots(spans):
+    return [span for _, span in spans if not span.parent_span_id]
+
+
+def test_one_trace_covers_both_pools(server, sink):
+    with Client(base_url=server.url) as client:
+        answer = client.chat(QUESTION, max_tokens=5, temperature=0, extra={"ignore_eos": True})
+    expected = {"queue", "place", "prefill", "kv_transfer", "decode"}
+    services = _check_trace(sink, answer.trace_id, expected)
+    assert services["prefill"] == "kvrelay-prefill"
+    assert services["kv_transfer"] == services["decode"] == "kvrelay-decode"
+
+
+def test_the_callers_context_is_the_parent_of_ours(server, sink):
+    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 3}
+    headers = {"traceparent": f"00-{trace_id}-{parent}-01"}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers)
+    assert response.headers["x-trace-id"] == trace_id
+    server.wait(lambda: any(s.name == "decode" for _, s in sink.trace(trace_id)))
+    server.wait(lambda: any(s.parent_span_id.hex() == parent for _, s in sink.trace(trace_id)))
+
+
+def test_without_a_prefill_worker_the_answer_is_local_and_its_trace_whole(server, sink):
+    pid = server.worker_pid("prefill-0")
+    psutil.Process(pid).suspend()  # its stream goes silent: the router gives it up by heartbeat
+    try:
+        server.wait(lambda: {w["name"] for w in server.workers()} == {"decode-0"})
+        with Client(base_url=server.url) as client:
+            answer = client.chat(QUESTION, max_tokens=20, temperature=0, extra={"ignore_eos": True})
+        assert answer.text == expected_text(20)[1]
+        assert (answer.timings.path, answer.timings.reason) == ("local", "no_prefill_worker")
+        services = _check_trace(sink, answer.trace_id, {"queue", "place", "prefill", "decode"})
+        assert services["prefill"] == "kvrelay-decode"
+    finally:
+        psutil.Process(pid).resume()
+    server.wait_for_workers("prefill-0", "decode-0")
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert 'path="local",reason="no_prefill_worker"' in metrics
+
+
+def test_two_interrupts_stop_at_once(tmp_path):
+    with running_server(tiny_model("llama3"), "--served-model-name", MODEL) as server:
+        results: dict = {}
+        thread = _stream_in_thread(server, results, max_tokens=1500)
+        assert results["started"].wait(20)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(10)
+        assert time.monotonic() - begun < 5
+        thread.join(10)
+        assert not isinstance(results["end"], str), "cut off, and said so"
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(server.url)
+        server.process.send_signal = lambda number: None
+        server.process.wait = lambda timeout=None: 0
+
+
+def test_the_wire_has_no_other_frames_for_ordinary_clients(server):
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 3, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    assert {json.loads(line[6:])["object"] for line in lines[:-1]} == {"chat.completion.chunk"}
