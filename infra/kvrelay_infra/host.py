@@ -73,17 +73,6 @@ def read_cgroup(root: Path = Path("/")) -> CgroupLimits:
     return CgroupLimits(version, min(cores, default=None), min(limits, default=None))
 
 
-def has_native_bfloat16(root: Path = Path("/")) -> bool:
-    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16, AMX or Arm BF16)."""
-    try:
-        text = (root / "proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    names = {"avx512_bf16", "amx_bf16", "bf16"}
-    flags = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    return any(names & set(line.split()) for line in flags)
-
-
 def count_gpus(dev: Path = Path("/dev")) -> int:
     """NVIDIA GPUs the driver shows; 0 without a driver."""
     listed = query_nvidia_smi("-L")

@@ -15,7 +15,7 @@ from kvrelay_transfer.setup import make_kit
 
 def run(config: WorkerConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
-    phases = Phases()
+    phases = Phases.of_process()
 
     async def main(shutdown: asyncio.Event) -> None:
         await serve(config, start_engine(config, phases), phases, shutdown)

@@ -8,7 +8,7 @@ import pytest
 
 from kvrelay.cli import stack
 from kvrelay.cli.main import main
-from kvrelay.cli.preflight import count_parameters, dtype_bytes
+from kvrelay.cli.preflight import count_parameters
 from kvrelay_infra.host import Memory, free_port
 
 from .conftest import CONFIG, KV_BYTES_PER_TOKEN, write_safetensors
@@ -28,7 +28,7 @@ def no_process_starts(monkeypatch):
 
     monkeypatch.setattr(stack, "Supervisor", refuse)
     monkeypatch.setattr(stack, "count_gpus", lambda: 0)
-    monkeypatch.setattr(stack, "has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(dtypes, "cpu_has_bfloat16", lambda: False)
     monkeypatch.setattr(stack, "read_memory", lambda: Memory(16 * GIB, 16 * GIB))
     return Started
 
@@ -204,33 +204,3 @@ def test_bad_flags_stop_before_anything_is_read(capsys):
 def test_parameters_are_counted_from_headers(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"x": [3, 5], "scalar": []})
     assert count_parameters(tmp_path / "a.safetensors") == 16
-
-
-@pytest.mark.parametrize(
-    ("dtype", "checkpoint", "on_gpu", "native", "expected"),
-    [
-        ("auto", "bfloat16", False, False, 4),
-        ("auto", "bfloat16", False, True, 2),
-        ("auto", "bfloat16", True, False, 2),
-        ("auto", "float16", False, True, 4),
-        ("auto", "strange", True, True, 4),
-        ("float16", "float32", False, False, 2),
-    ],
-)
-def test_bytes_of_the_dtype_the_engine_will_choose(dtype, checkpoint, on_gpu, native, expected):
-    assert dtype_bytes(dtype, checkpoint, on_gpu=on_gpu, native_bfloat16=native) == expected
-
-
-def test_the_dtype_rule_is_the_engines(monkeypatch):
-    from kvrelay_engine import loading
-    from kvrelay_engine.models.config import parse_model_config
-
-    for native in (False, True):
-        monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda native=native: native)
-        for stored in ("bfloat16", "float16", "float32", "strange"):
-            config = parse_model_config(CONFIG | {"dtype": stored})
-            for device in ("cpu", "cuda"):
-                name = loading.resolve_dtype("auto", config, device)
-                on_gpu = device == "cuda"
-                ours = dtype_bytes("auto", stored, on_gpu=on_gpu, native_bfloat16=native)
-                assert ours == {"float32": 4}.get(name, 2)

@@ -160,7 +160,9 @@ def test_a_promise_waits_until_blocks_are_back():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 14), st.integers(1, 12), st.booleans()), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(st.integers(1, 14), st.integers(1, 12), st.booleans()), min_size=1, max_size=8
+    ),
     st.integers(7, 12),
 )
 def test_every_sequence_ends_with_each_token_once_however_small_the_pool(requests, blocks):

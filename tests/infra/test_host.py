@@ -3,8 +3,6 @@
 import socket
 from pathlib import Path
 
-import pytest
-
 from kvrelay_infra import host
 
 GIB = 1024**3
@@ -80,15 +78,6 @@ def test_gpus_are_counted_by_device_file_without_the_tool(tmp_path, monkeypatch)
     assert host.count_gpus(tmp_path) == 2
     monkeypatch.setattr(host, "query_nvidia_smi", lambda *_: "GPU 0: some model\n")
     assert host.count_gpus(tmp_path) == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "native"),
-    [("fpu avx512_bf16 sse", True), ("fpu avx2", False), ("fpu avx512_bf16x", False)],
-)
-def test_bfloat16_is_native_where_the_flags_say_so(tmp_path, flags, native):
-    root = tree(tmp_path, {"proc/cpuinfo": f"model name: x\nflags\t\t: {flags}\n"})
-    assert host.has_native_bfloat16(root) is native
 
 
 def test_a_listener_makes_a_port_taken_and_a_closed_one_frees_it():

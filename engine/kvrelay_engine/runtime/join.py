@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_MS = 1000
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+ALONE_S = 5.0
+"""Without a router for this long: say so."""
+REDIAL_S = 0.2
 MAX_QUEUED = 65536
 """Messages waiting for the router; a router that falls this far behind is treated as lost."""
 _CHANNEL_OPTIONS = [
@@ -74,17 +77,23 @@ class JoinLink:
         Raises:
             StartupError: the router refused this worker; the message names what does not fit.
         """
+        loop = asyncio.get_running_loop()
+        alone_since, reported = loop.time(), False
         while True:
+            why = "it closed the stream"
             try:
                 await self._session(on_joined)
-                log.warning("the router at %s closed the stream; dialling again", self._router)
             except grpc.aio.AioRpcError as error:
-                level = logging.WARNING if self.joined.is_set() else logging.DEBUG
-                log.log(level, "no stream to the router at %s: %s", self._router, error.code().name)
+                why = error.code().name
             if self.joined.is_set():
                 self.joined.clear()
+                alone_since, reported = loop.time(), False
                 self._handler.disconnected()
-            await asyncio.sleep(0.2)
+            # A router that restarts is back within seconds, and on shutdown it goes first.
+            if not reported and loop.time() - alone_since > ALONE_S:
+                log.warning("no router at %s (%s); still dialling", self._router, why)
+                reported = True
+            await asyncio.sleep(REDIAL_S)
 
     async def _session(self, on_joined: Callable[[], None]) -> None:
         async with grpc.aio.insecure_channel(self._router, options=_CHANNEL_OPTIONS) as channel:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
+
 from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.runtime.config import WorkerConfig
 from kvrelay_protocol import fleet_pb2 as pb
@@ -22,8 +24,16 @@ PROGRESS_EVERY_S = 5.0
 class Phases:
     """Prints what start-up is doing and how long each phase took, one line each."""
 
-    def __init__(self) -> None:
-        self._begun = time.monotonic()
+    def __init__(self, *, begun: float | None = None) -> None:
+        self._begun = time.monotonic() if begun is None else begun
+
+    @classmethod
+    def of_process(cls) -> "Phases":
+        """Counted from the start of this process, whose imports are its first phase."""
+        running = time.time() - psutil.Process().create_time()
+        phases = cls(begun=time.monotonic() - running)
+        phases.line(f"{'python, torch':<18} {running:6.2f} s")
+        return phases
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -72,18 +82,19 @@ class Engine:
 
 
 def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
-    """Import torch, load the weights, allocate the pool, run one step.
+    """Load the weights, allocate the pool, run one step.
 
     Raises:
         InvalidModel, UnsupportedModel: see `load_engine`.
         DeviceUnavailable: no such device here.
         NotEnoughMemory: the pool does not hold one sequence, or allocation failed.
     """
-    with phases.phase("import torch"):
+    with phases.phase("check device"):
         import torch
 
         from kvrelay_engine.cache.sizing import kv_bytes_per_block
-        from kvrelay_engine.loading import load_engine, resolve_dtype
+        from kvrelay_engine.loading import load_engine
+        from kvrelay_engine.models.dtypes import DTYPE_BYTES, resolve_dtype
         from kvrelay_engine.models.weights import load_model_config
         from kvrelay_engine.runtime.warmup import fingerprint, warm_up
 
@@ -91,9 +102,9 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
             torch.set_num_threads(config.threads)
         _check_device(config.device)
     model = load_model_config(config.model_dir)
-    dtype = resolve_dtype(config.dtype, model, config.device)
-    itemsize = getattr(torch, dtype).itemsize
-    block_bytes = kv_bytes_per_block(model, config.block_size, itemsize)
+    on_gpu = config.device != "cpu"
+    dtype = resolve_dtype(config.dtype, model.checkpoint_dtype, on_gpu=on_gpu)
+    block_bytes = kv_bytes_per_block(model, config.block_size, DTYPE_BYTES[dtype])
     num_blocks = config.num_blocks or config.kv_memory_bytes // block_bytes
     wanted = config.max_model_len or model.max_position_embeddings
     if num_blocks * config.block_size < (config.max_model_len or config.block_size * 2):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from kvrelay.cli.settings import relevant_environment
 from kvrelay.cli.units import format_size
 from kvrelay_infra.host import (
-    has_native_bfloat16,
     query_nvidia_smi,
     read_cgroup,
     read_cores,
@@ -63,7 +62,9 @@ def _machine() -> Iterator[str]:
     yield _pair("system", f"{platform.system()} {platform.release()} {platform.machine()}")
     yield _pair("libc", " ".join(platform.libc_ver()) or "unknown")
     yield _pair("cores", f"{read_cores()} usable")
-    yield _pair("bfloat16", "native" if has_native_bfloat16() else "emulated, float32 is used")
+    from kvrelay_engine.models.dtypes import cpu_has_bfloat16
+
+    yield _pair("bfloat16", "native" if cpu_has_bfloat16() else "emulated, float32 is used")
     memory = read_memory()
     yield _pair("memory", f"{format_size(memory.available)} of {format_size(memory.total)} free")
 

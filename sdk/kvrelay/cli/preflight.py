@@ -23,7 +23,6 @@ from kvrelay_protocol.model_files import ModelFiles, resolve_model
 if TYPE_CHECKING:
     from kvrelay_engine.models.config import ModelConfig
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 _ROUTER_BYTES = 200 * 1024 * 1024
 _WORKER_BYTES = 350 * 1024 * 1024
@@ -232,12 +231,3 @@ def plan_memory(
     return MemoryPlan(
         weights, pool, num_blocks, needed, asked or limit, not asked and holds < longest
     )
-
-
-def dtype_bytes(dtype: str, checkpoint: str, *, on_gpu: bool, native_bfloat16: bool) -> int:
-    """Bytes of one number in the dtype the engine will choose (`loading.resolve_dtype`)."""
-    if dtype == "auto":
-        stored = checkpoint if checkpoint in _DTYPE_BYTES else "float32"
-        keeps = on_gpu or (stored == "bfloat16" and native_bfloat16)
-        dtype = stored if keeps else "float32"
-    return _DTYPE_BYTES[dtype]

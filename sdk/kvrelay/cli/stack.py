@@ -17,7 +17,6 @@ from kvrelay.cli.preflight import (
     check_ports,
     check_tls,
     check_transport,
-    dtype_bytes,
     plan_memory,
 )
 from kvrelay.cli.settings import own_thread_setting, thread_environment
@@ -26,7 +25,6 @@ from kvrelay_infra.console import Console
 from kvrelay_infra.host import (
     count_gpus,
     free_port,
-    has_native_bfloat16,
     read_cores,
     read_memory,
 )
@@ -54,6 +52,8 @@ def defaults(**overrides: object) -> SimpleNamespace:
 
 def plan_stack(values: SimpleNamespace) -> StackPlan:
     """All checks; raises before any process has started."""
+    from kvrelay_engine.models.dtypes import DTYPE_BYTES, resolve_dtype
+
     check_tls(values)
     check_transport()
     gpus = count_gpus() if values.device.startswith(("cuda", "auto")) else 0
@@ -66,15 +66,11 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
     )
     model = check_model(values.model, values.revision)
     on_gpu = gpus > 0 and not values.device.startswith("cpu")
+    dtype = resolve_dtype(values.dtype, model.config.checkpoint_dtype, on_gpu=on_gpu)
     memory = plan_memory(
         model,
         values,
-        dtype_bytes=dtype_bytes(
-            values.dtype,
-            model.config.checkpoint_dtype,
-            on_gpu=on_gpu,
-            native_bfloat16=has_native_bfloat16(),
-        ),
+        dtype_bytes=DTYPE_BYTES[dtype],
         available=read_memory().available,
         on_gpu=on_gpu,
     )
