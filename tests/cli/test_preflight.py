@@ -9,6 +9,7 @@ import pytest
 from kvrelay.cli import stack
 from kvrelay.cli.main import main
 from kvrelay.cli.preflight import count_parameters
+from kvrelay_engine.models import dtypes
 from kvrelay_infra.host import Memory, free_port
 
 from .conftest import CONFIG, KV_BYTES_PER_TOKEN, write_safetensors
