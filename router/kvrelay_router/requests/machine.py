@@ -37,7 +37,39 @@ from kvrelay_protocol.errors import (
     TransferError,
     WorkerLost,
 )
-from kvrelay_protocol.fleet_pb2 import Lease
+from kvrelay_router.requests.actions import (
+    Action,
+    Attempt,
+    Cancel,
+    Emit,
+    FindPlace,
+    OpenTransfer,
+    ReleaseKv,
+    ResendKv,
+    SubmitDecode,
+    SubmitPrefill,
+)
+from kvrelay_router.requests.events import (
+    Admitted,
+    Broken,
+    ClientCancelled,
+    DeadlineReached,
+    Event,
+    KvMissing,
+    KvReceived,
+    KvSent,
+    LeaseGranted,
+    NoPlace,
+    PlaceFound,
+    PlaceTimedOut,
+    SequenceFailed,
+    SequenceStarted,
+    ShutDown,
+    StoppedEarly,
+    TokensArrived,
+    WorkerEvent,
+    WorkerGone,
+)
 from kvrelay_router.requests.types import (
     Failed,
     Finished,
@@ -46,7 +78,6 @@ from kvrelay_router.requests.types import (
     PathKind,
     Placed,
     Queued,
-    RequestEvent,
     RequestStats,
     Resumed,
     Started,
@@ -84,287 +115,6 @@ class State(StrEnum):
 _TERMINAL = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})
 _UNPLACED = frozenset({State.RECEIVED, State.QUEUED, State.PARKED})
 _PROGRESS = (State.PLACED, State.PREFILLING, State.TRANSFERRING, State.DECODING)
-
-
-# ---- events: `at` is a monotonic time in seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The request passed admission; ask for a place."""
-
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class NoPlace:
-    """No worker can take the request now."""
-
-    at: float
-    position: int
-    eta_s: float | None
-    parked: bool
-    """No decode worker is there at all (as opposed to: all are full)."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlaceFound:
-    """Workers for the next attempt, which both workers will know as `sequence_id`."""
-
-    at: float
-    sequence_id: int
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class PlaceTimedOut:
-    """The wait that `FindPlace` allowed for this attempt is over."""
-
-    at: float
-    attempt: int
-    retry_after_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceStarted:
-    """A worker begins to compute."""
-
-    at: float
-    sequence_id: int
-    worker: str
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseGranted:
-    """The decode worker reserved blocks; the prefill worker may push into them."""
-
-    at: float
-    sequence_id: int
-    worker: str
-    lease: Lease
-
-
-@dataclass(frozen=True, slots=True)
-class TokensArrived:
-    """New output tokens of one sequence; `finish` where the last of them ends the answer."""
-
-    at: float
-    sequence_id: int
-    worker: str
-    first_index: int
-    tokens: tuple[int, ...]
-    finish: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class KvSent:
-    """The prefill worker's last KV message left."""
-
-    at: float
-    sequence_id: int
-    worker: str
-    bytes: int
-    seconds: float
-    prefill_seconds: float
-    transport: str
-
-
-@dataclass(frozen=True, slots=True)
-class KvReceived:
-    """The decode worker has and verified every KV block and the handover record."""
-
-    at: float
-    sequence_id: int
-    worker: str
-    bytes: int
-    seconds: float
-    exposed_seconds: float
-    transport: str
-
-
-@dataclass(frozen=True, slots=True)
-class KvMissing:
-    """KV messages that failed their digest."""
-
-    at: float
-    sequence_id: int
-    worker: str
-    messages: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceFailed:
-    """A worker gave the sequence up; it holds nothing of it any more."""
-
-    at: float
-    sequence_id: int
-    worker: str
-    error: KvrelayError
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerGone:
-    """A worker's stream broke or fell silent."""
-
-    at: float
-    worker: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlineReached:
-    """The request's time is up."""
-
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class ClientCancelled:
-    """Nobody is left to answer."""
-
-    at: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoppedEarly:
-    """The edge found a stop string: the answer is complete."""
-
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class ShutDown:
-    """The drain's grace is over."""
-
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A defect of ours hit this request; `what` is fit for the client."""
-
-    at: float
-    what: str
-
-
-WorkerEvent = (
-    SequenceStarted
-    | LeaseGranted
-    | TokensArrived
-    | KvSent
-    | KvReceived
-    | KvMissing
-    | SequenceFailed
-)
-Event = (
-    WorkerEvent
-    | Admitted
-    | NoPlace
-    | PlaceFound
-    | PlaceTimedOut
-    | WorkerGone
-    | DeadlineReached
-    | ClientCancelled
-    | StoppedEarly
-    | ShutDown
-    | Broken
-)
-
-
-# ---- actions
-
-
-@dataclass(frozen=True, slots=True)
-class FindPlace:
-    """Find workers; answer with `PlaceFound`, or `NoPlace` and within `wait_s` one of the others."""
-
-    attempt: int
-    wait_s: float
-    local_only: bool = False
-    """KV of this request failed to arrive before: let the decode worker compute it."""
-    avoid: frozenset[str] = frozenset()
-    """Workers to prefer others over."""
-    cause: str | None = None
-    """Error code that ended the attempt before, or None for the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """What both workers are told of one attempt; `tokens` ends with the `output_offset` emitted ones."""
-
-    sequence_id: int
-    tokens: tuple[int, ...]
-    output_offset: int
-    max_tokens: int
-    deadline_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class SubmitDecode:
-    """Dispatch to the decode worker."""
-
-    worker: str
-    attempt: Attempt
-    expect_kv: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SubmitPrefill:
-    """Dispatch to the prefill worker."""
-
-    worker: str
-    attempt: Attempt
-
-
-@dataclass(frozen=True, slots=True)
-class OpenTransfer:
-    """Hand the decode worker's lease to the prefill worker."""
-
-    worker: str
-    sequence_id: int
-    lease: Lease
-
-
-@dataclass(frozen=True, slots=True)
-class ResendKv:
-    """Ask the prefill worker for messages that arrived corrupt."""
-
-    worker: str
-    sequence_id: int
-    messages: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseKv:
-    """The decode worker has everything: the prefill worker may let go."""
-
-    worker: str
-    sequence_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Drop the sequence and whatever it holds."""
-
-    worker: str
-    sequence_id: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """An event for the client's stream."""
-
-    event: RequestEvent
-
-
-WorkerAction = SubmitDecode | SubmitPrefill | OpenTransfer | ResendKv | ReleaseKv | Cancel
-Action = WorkerAction | FindPlace | Emit
-
-
-# ---- the machine
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import WorkerRegistry
 from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.metrics import RouterMetrics
+from kvrelay_router.requests import actions, events
 from kvrelay_router.requests import machine as m
 from kvrelay_router.requests.admission import DrainRate, WaitingLine
 from kvrelay_router.requests.placement import Demand, Role, place
@@ -75,7 +76,7 @@ class _Flight:
         """Of the current attempt; 0 between attempts."""
         self.links: tuple[WorkerLink, ...] = ()
         """Workers of the current attempt."""
-        self.find: m.FindPlace | None = None
+        self.find: actions.FindPlace | None = None
         """The search in progress."""
         self.search_ns = 0
         self.deadline: asyncio.TimerHandle | None = None
@@ -132,16 +133,18 @@ class RouterService:
         flight = _Flight(request, machine, RequestTrace(self._telemetry, request), received_at=now)
         flight.stream = EventStream(
             flight.trace.context,
-            on_cancel=lambda reason: self._feed(flight, m.ClientCancelled(self._clock(), reason)),
-            on_stop=lambda: self._feed(flight, m.StoppedEarly(self._clock())),
+            on_cancel=lambda reason: self._feed(
+                flight, events.ClientCancelled(self._clock(), reason)
+            ),
+            on_stop=lambda: self._feed(flight, events.StoppedEarly(self._clock())),
         )
         self._flights.add(flight)
         self._idle.clear()
         flight.deadline = asyncio.get_running_loop().call_later(
             request.deadline_s,
-            lambda: self._feed(flight, m.DeadlineReached(self._clock())),
+            lambda: self._feed(flight, events.DeadlineReached(self._clock())),
         )
-        self._feed(flight, m.Admitted(now))
+        self._feed(flight, events.Admitted(now))
         return flight.stream
 
     def health(self) -> Health:
@@ -166,7 +169,7 @@ class RouterService:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
             for flight in tuple(self._flights):
-                self._feed(flight, m.ShutDown(self._clock()))
+                self._feed(flight, events.ShutDown(self._clock()))
 
     # ---- FleetListener
 
@@ -178,7 +181,7 @@ class RouterService:
     def worker_lost(self, link: WorkerLink, why: str) -> None:
         self._metrics.worker_left(link)
         self._metrics.fleet(self._registry.links)
-        event = m.WorkerGone(self._clock(), link.name, why)
+        event = events.WorkerGone(self._clock(), link.name, why)
         for flight in tuple(self._by_sequence.values()):
             if link in flight.links:
                 self._feed(flight, event)
@@ -203,21 +206,21 @@ class RouterService:
                 if event is not None:
                     self._sequence_event(link, event)
 
-    def _sequence_event(self, link: WorkerLink, event: m.WorkerEvent) -> None:
+    def _sequence_event(self, link: WorkerLink, event: events.WorkerEvent) -> None:
         flight = self._by_sequence.get(event.sequence_id)
         if flight is None:
             return
-        if isinstance(event, m.LeaseGranted | m.SequenceStarted) and link.pending.grant(
+        if isinstance(event, events.LeaseGranted | events.SequenceStarted) and link.pending.grant(
             event.sequence_id,
         ):
             self._schedule_pump()
-        if isinstance(event, m.KvReceived):
+        if isinstance(event, events.KvReceived):
             self._metrics.kv_received(event.bytes, event.seconds)
         self._feed(flight, event)
 
     # ---- the shell
 
-    def _feed(self, flight: _Flight, event: m.Event) -> None:
+    def _feed(self, flight: _Flight, event: events.Event) -> None:
         """Hand an event to the machine and carry out what it answers."""
         try:
             for action in flight.machine.handle(event):
@@ -226,16 +229,16 @@ class RouterService:
                     self._feed(flight, answer)
         except Exception:
             logger.exception("defect", extra={"request_id": flight.request.request_id})
-            if not isinstance(event, m.Broken):
+            if not isinstance(event, events.Broken):
                 what = f"internal error, logged under request id {flight.request.request_id}"
-                self._feed(flight, m.Broken(self._clock(), what))
+                self._feed(flight, events.Broken(self._clock(), what))
 
-    def _carry_out(self, flight: _Flight, action: m.Action, at: float) -> m.Event | None:
+    def _carry_out(self, flight: _Flight, action: actions.Action, at: float) -> events.Event | None:
         match action:
-            case m.Emit(event):
+            case actions.Emit(event):
                 self._emit(flight, event, at)
                 return None
-            case m.FindPlace():
+            case actions.FindPlace():
                 return self._find_place(flight, action)
             case _:
                 message = router_message(
@@ -292,7 +295,7 @@ class RouterService:
 
     # ---- placing
 
-    def _find_place(self, flight: _Flight, find: m.FindPlace) -> m.Event | None:
+    def _find_place(self, flight: _Flight, find: actions.FindPlace) -> events.Event | None:
         self._leave_attempt(flight)
         flight.find = find
         if find.cause is not None:
@@ -315,9 +318,9 @@ class RouterService:
         self._show_counts()
         decoders = any(k.role is Role.DECODE and not k.draining for k in self._registry.links)
         eta = self._rate.eta_s(position) if decoders else None
-        return m.NoPlace(self._clock(), position, eta, parked=not decoders)
+        return events.NoPlace(self._clock(), position, eta, parked=not decoders)
 
-    def _try_place(self, flight: _Flight) -> m.PlaceFound | None:
+    def _try_place(self, flight: _Flight) -> events.PlaceFound | None:
         find, machine = flight.find, flight.machine
         if find is None:
             return None
@@ -341,7 +344,7 @@ class RouterService:
         for link in flight.links:
             link.dispatch(flight.sequence_id, tokens)
         self._show_counts()
-        return m.PlaceFound(self._clock(), flight.sequence_id, path)
+        return events.PlaceFound(self._clock(), flight.sequence_id, path)
 
     def _new_sequence_id(self) -> int:
         """Unguessable, and never one that is in use."""
@@ -367,7 +370,7 @@ class RouterService:
 
     def _place_timed_out(self, flight: _Flight, attempt: int) -> None:
         retry_after = self._rate.retry_after_s(len(self._line))
-        self._feed(flight, m.PlaceTimedOut(self._clock(), attempt, retry_after))
+        self._feed(flight, events.PlaceTimedOut(self._clock(), attempt, retry_after))
 
     def _schedule_pump(self) -> None:
         """Room may have come free: look at the line once this tick's work is done."""

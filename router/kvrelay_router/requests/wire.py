@@ -2,7 +2,7 @@
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import WireError, error_from_wire
-from kvrelay_router.requests import machine as m
+from kvrelay_router.requests import actions, events
 from kvrelay_router.requests.types import FinishReason, ValidRequest
 
 FINISH: dict[int, FinishReason] = {
@@ -11,8 +11,8 @@ FINISH: dict[int, FinishReason] = {
 }
 
 
-def tokens_event(at: float, worker: str, run: pb.TokenRun) -> m.TokensArrived:
-    return m.TokensArrived(
+def tokens_event(at: float, worker: str, run: pb.TokenRun) -> events.TokensArrived:
+    return events.TokensArrived(
         at,
         run.sequence_id,
         worker,
@@ -22,22 +22,22 @@ def tokens_event(at: float, worker: str, run: pb.TokenRun) -> m.TokensArrived:
     )
 
 
-def worker_event(at: float, worker: str, message: pb.WorkerMessage) -> m.WorkerEvent | None:
+def worker_event(at: float, worker: str, message: pb.WorkerMessage) -> events.WorkerEvent | None:
     """The event in a message about one sequence; None for messages about anything else."""
     match message.WhichOneof("message"):
         case "sequence_started":
             started = message.sequence_started
-            return m.SequenceStarted(at, started.sequence_id, worker, started.cached_tokens)
+            return events.SequenceStarted(at, started.sequence_id, worker, started.cached_tokens)
         case "sequence_failed":
             failed = message.sequence_failed
             error = error_from_wire(WireError(failed.error.code, failed.error.message))
-            return m.SequenceFailed(at, failed.sequence_id, worker, error)
+            return events.SequenceFailed(at, failed.sequence_id, worker, error)
         case "lease_granted":
             granted = message.lease_granted
-            return m.LeaseGranted(at, granted.sequence_id, worker, granted.lease)
+            return events.LeaseGranted(at, granted.sequence_id, worker, granted.lease)
         case "kv_sent":
             sent = message.kv_sent
-            return m.KvSent(
+            return events.KvSent(
                 at,
                 sent.sequence_id,
                 worker,
@@ -48,7 +48,7 @@ def worker_event(at: float, worker: str, message: pb.WorkerMessage) -> m.WorkerE
             )
         case "kv_received":
             received = message.kv_received
-            return m.KvReceived(
+            return events.KvReceived(
                 at,
                 received.sequence_id,
                 worker,
@@ -59,13 +59,13 @@ def worker_event(at: float, worker: str, message: pb.WorkerMessage) -> m.WorkerE
             )
         case "kv_missing":
             missing = message.kv_missing
-            return m.KvMissing(at, missing.sequence_id, worker, tuple(missing.messages))
+            return events.KvMissing(at, missing.sequence_id, worker, tuple(missing.messages))
         case _:
             return None
 
 
 def router_message(
-    action: m.WorkerAction,
+    action: actions.WorkerAction,
     request: ValidRequest,
     *,
     traceparent: str,
@@ -73,30 +73,30 @@ def router_message(
 ) -> pb.RouterMessage:
     """The message that carries an action out."""
     match action:
-        case m.SubmitDecode(_, attempt, expect_kv):
+        case actions.SubmitDecode(_, attempt, expect_kv):
             submit = pb.SubmitDecode(
                 sequence=_sequence(attempt, request, traceparent),
                 expect_kv=expect_kv,
                 lease_seconds=lease_s,
             )
             return pb.RouterMessage(submit_decode=submit)
-        case m.SubmitPrefill(_, attempt):
+        case actions.SubmitPrefill(_, attempt):
             sequence = _sequence(attempt, request, traceparent)
             return pb.RouterMessage(submit_prefill=pb.SubmitPrefill(sequence=sequence))
-        case m.OpenTransfer(_, sequence_id, lease):
+        case actions.OpenTransfer(_, sequence_id, lease):
             opened = pb.OpenTransfer(sequence_id=sequence_id, lease=lease)
             return pb.RouterMessage(open_transfer=opened)
-        case m.ResendKv(_, sequence_id, messages):
+        case actions.ResendKv(_, sequence_id, messages):
             resend = pb.ResendKv(sequence_id=sequence_id, messages=messages)
             return pb.RouterMessage(resend_kv=resend)
-        case m.ReleaseKv(_, sequence_id):
+        case actions.ReleaseKv(_, sequence_id):
             return pb.RouterMessage(release_kv=pb.ReleaseKv(sequence_id=sequence_id))
-        case m.Cancel(_, sequence_id, reason):
+        case actions.Cancel(_, sequence_id, reason):
             cancel = pb.Cancel(sequence_id=sequence_id, reason=reason)
             return pb.RouterMessage(cancel=cancel)
 
 
-def _sequence(attempt: m.Attempt, request: ValidRequest, traceparent: str) -> pb.Sequence:
+def _sequence(attempt: actions.Attempt, request: ValidRequest, traceparent: str) -> pb.Sequence:
     sampling = request.sampling
     return pb.Sequence(
         sequence_id=attempt.sequence_id,

@@ -6,6 +6,8 @@ import pytest
 
 from kvrelay_protocol import errors
 from kvrelay_protocol.fleet_pb2 import Lease
+from kvrelay_router.requests import actions as act
+from kvrelay_router.requests import events as ev
 from kvrelay_router.requests import machine as m
 from kvrelay_router.requests.machine import State
 from kvrelay_router.requests.types import (
@@ -40,7 +42,7 @@ class Failure:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, m.Emit)
+            isinstance(other, act.Emit)
             and isinstance(other.event, Failed)
             and type(other.event.error) is self.kind
             and self.words in other.event.error.message
@@ -58,12 +60,12 @@ def make(**options: object) -> m.RequestMachine:
 
 def placed(path: Path = SPLIT, **options: object) -> m.RequestMachine:
     machine = make(**options)
-    machine.handle(m.Admitted(0.0))
-    machine.handle(m.PlaceFound(1.0, 7, path))
+    machine.handle(ev.Admitted(0.0))
+    machine.handle(ev.PlaceFound(1.0, 7, path))
     return machine
 
 
-def attempt(**changes: object) -> m.Attempt:
+def attempt(**changes: object) -> act.Attempt:
     fields = {
         "sequence_id": 7,
         "tokens": PROMPT,
@@ -71,52 +73,52 @@ def attempt(**changes: object) -> m.Attempt:
         "max_tokens": 4,
         "deadline_s": 8.0,
     }
-    return m.Attempt(**(fields | changes))
+    return act.Attempt(**(fields | changes))
 
 
 def tokens(worker: str, first: int, *ids: int, at: float = 2.0, finish=None, sid: int = 7):
-    return m.TokensArrived(at, sid, worker, first, ids, finish)
+    return ev.TokensArrived(at, sid, worker, first, ids, finish)
 
 
-def received(sid: int = 7, at: float = 3.0) -> m.KvReceived:
-    return m.KvReceived(at, sid, "D", 640, 0.25, 0.125, "tcp")
+def received(sid: int = 7, at: float = 3.0) -> ev.KvReceived:
+    return ev.KvReceived(at, sid, "D", 640, 0.25, 0.125, "tcp")
 
 
-def sent(sid: int = 7) -> m.KvSent:
-    return m.KvSent(2.5, sid, "P", 640, 0.25, 0.5, "tcp")
+def sent(sid: int = 7) -> ev.KvSent:
+    return ev.KvSent(2.5, sid, "P", 640, 0.25, 0.5, "tcp")
 
 
-def failed(worker: str, error: errors.KvrelayError, sid: int = 7) -> m.SequenceFailed:
-    return m.SequenceFailed(3.0, sid, worker, error)
+def failed(worker: str, error: errors.KvrelayError, sid: int = 7) -> ev.SequenceFailed:
+    return ev.SequenceFailed(3.0, sid, worker, error)
 
 
-FIND_AGAIN = m.FindPlace(1, 2.0, cause="worker_lost")
-CANCEL_BOTH = [m.Cancel("D", 7, "finished"), m.Cancel("P", 7, "finished")]
+FIND_AGAIN = act.FindPlace(1, 2.0, cause="worker_lost")
+CANCEL_BOTH = [act.Cancel("D", 7, "finished"), act.Cancel("P", 7, "finished")]
 
 
-def cancel(worker: str, reason: str, sid: int = 7) -> m.Cancel:
-    return m.Cancel(worker, sid, reason)
+def cancel(worker: str, reason: str, sid: int = 7) -> act.Cancel:
+    return act.Cancel(worker, sid, reason)
 
 
 def test_undisturbed_disaggregated_request() -> None:
     machine = make()
     assert machine.state is State.RECEIVED
-    assert machine.handle(m.Admitted(0.0)) == [m.FindPlace(0, 30.0)]
-    assert machine.handle(m.PlaceFound(1.0, 7, SPLIT)) == [
-        m.Emit(Placed(SPLIT, 0)),
-        m.SubmitDecode("D", attempt(), expect_kv=True),
-        m.SubmitPrefill("P", attempt()),
+    assert machine.handle(ev.Admitted(0.0)) == [act.FindPlace(0, 30.0)]
+    assert machine.handle(ev.PlaceFound(1.0, 7, SPLIT)) == [
+        act.Emit(Placed(SPLIT, 0)),
+        act.SubmitDecode("D", attempt(), expect_kv=True),
+        act.SubmitPrefill("P", attempt()),
     ]
     assert machine.state is State.PLACED
-    assert machine.handle(m.SequenceStarted(1.5, 7, "P", 2)) == [m.Emit(Started(2))]
+    assert machine.handle(ev.SequenceStarted(1.5, 7, "P", 2)) == [act.Emit(Started(2))]
     assert machine.state is State.PREFILLING
-    assert machine.handle(m.LeaseGranted(1.6, 7, "D", LEASE)) == [m.OpenTransfer("P", 7, LEASE)]
-    assert machine.handle(tokens("P", 0, 50)) == [m.Emit(Tokens((50,)))]
+    assert machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE)) == [act.OpenTransfer("P", 7, LEASE)]
+    assert machine.handle(tokens("P", 0, 50)) == [act.Emit(Tokens((50,)))]
     assert machine.state is State.TRANSFERRING
     assert machine.handle(sent()) == []
-    assert machine.handle(received()) == [m.ReleaseKv("P", 7)]
+    assert machine.handle(received()) == [act.ReleaseKv("P", 7)]
     assert machine.state is State.DECODING
-    assert machine.handle(tokens("D", 1, 51, 52, at=4.0)) == [m.Emit(Tokens((51, 52)))]
+    assert machine.handle(tokens("D", 1, 51, 52, at=4.0)) == [act.Emit(Tokens((51, 52)))]
     stats = RequestStats(
         path=SPLIT,
         prompt_tokens=3,
@@ -132,49 +134,49 @@ def test_undisturbed_disaggregated_request() -> None:
         kv_transport="tcp",
     )
     assert machine.handle(tokens("D", 3, 53, at=5.0, finish=FinishReason.LENGTH)) == [
-        m.Emit(Tokens((53,))),
-        m.Emit(Finished(FinishReason.LENGTH, stats)),
+        act.Emit(Tokens((53,))),
+        act.Emit(Finished(FinishReason.LENGTH, stats)),
     ]
     assert machine.state is State.FINISHED
 
 
 def test_undisturbed_local_request() -> None:
     machine = make()
-    machine.handle(m.Admitted(0.0))
-    assert machine.handle(m.PlaceFound(1.0, 7, LOCAL)) == [
-        m.Emit(Placed(LOCAL, 0)),
-        m.SubmitDecode("D", attempt(), expect_kv=False),
+    machine.handle(ev.Admitted(0.0))
+    assert machine.handle(ev.PlaceFound(1.0, 7, LOCAL)) == [
+        act.Emit(Placed(LOCAL, 0)),
+        act.SubmitDecode("D", attempt(), expect_kv=False),
     ]
-    assert machine.handle(m.SequenceStarted(1.5, 7, "D", 0)) == [m.Emit(Started(0))]
-    assert machine.handle(m.LeaseGranted(1.6, 7, "D", LEASE)) == []
+    assert machine.handle(ev.SequenceStarted(1.5, 7, "D", 0)) == [act.Emit(Started(0))]
+    assert machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE)) == []
     assert machine.handle(received()) == []
-    assert machine.handle(tokens("D", 0, 50)) == [m.Emit(Tokens((50,)))]
+    assert machine.handle(tokens("D", 0, 50)) == [act.Emit(Tokens((50,)))]
     assert machine.state is State.DECODING
     stats = RequestStats(LOCAL, 3, 2, 0, 1.0, 0.5, decode_s=1.0, time_to_first_token_s=2.0)
     assert machine.handle(tokens("D", 1, 51, at=3.0, finish=FinishReason.STOP)) == [
-        m.Emit(Tokens((51,))),
-        m.Emit(Finished(FinishReason.STOP, stats)),
+        act.Emit(Tokens((51,))),
+        act.Emit(Finished(FinishReason.STOP, stats)),
     ]
 
 
 def test_waiting_is_told_and_ends_in_a_place() -> None:
     machine = make()
-    machine.handle(m.Admitted(0.0))
-    assert machine.handle(m.NoPlace(0.0, 3, 1.5, parked=False)) == [m.Emit(Queued(3, 1.5))]
+    machine.handle(ev.Admitted(0.0))
+    assert machine.handle(ev.NoPlace(0.0, 3, 1.5, parked=False)) == [act.Emit(Queued(3, 1.5))]
     assert machine.state is State.QUEUED
-    assert machine.handle(m.NoPlace(0.0, 3, None, parked=True)) == [m.Emit(Queued(3, None))]
+    assert machine.handle(ev.NoPlace(0.0, 3, None, parked=True)) == [act.Emit(Queued(3, None))]
     assert machine.state is State.PARKED
-    assert len(machine.handle(m.PlaceFound(1.0, 7, SPLIT))) == 3
-    assert machine.handle(m.NoPlace(1.0, 1, None, parked=True)) == []
-    assert machine.handle(m.PlaceFound(1.0, 8, SPLIT)) == []
-    assert machine.handle(m.PlaceTimedOut(30.0, 0, 1.0)) == []
+    assert len(machine.handle(ev.PlaceFound(1.0, 7, SPLIT))) == 3
+    assert machine.handle(ev.NoPlace(1.0, 1, None, parked=True)) == []
+    assert machine.handle(ev.PlaceFound(1.0, 8, SPLIT)) == []
+    assert machine.handle(ev.PlaceTimedOut(30.0, 0, 1.0)) == []
 
 
 def test_nobody_takes_it_in_time() -> None:
     machine = make()
-    machine.handle(m.Admitted(0.0))
-    machine.handle(m.NoPlace(0.0, 1, None, parked=True))
-    (action,) = machine.handle(m.PlaceTimedOut(30.0, 0, 4.0))
+    machine.handle(ev.Admitted(0.0))
+    machine.handle(ev.NoPlace(0.0, 1, None, parked=True))
+    (action,) = machine.handle(ev.PlaceTimedOut(30.0, 0, 4.0))
     assert action == Failure(errors.NoCapacity, "30 s")
     assert action.event.error.retry_after_s == 4.0
     assert machine.state is State.FAILED
@@ -182,25 +184,28 @@ def test_nobody_takes_it_in_time() -> None:
 
 def test_first_token_that_ends_the_answer_cancels_both() -> None:
     machine = placed()
-    machine.handle(m.SequenceStarted(1.5, 7, "P", 0))
+    machine.handle(ev.SequenceStarted(1.5, 7, "P", 0))
     actions = machine.handle(tokens("P", 0, 2, finish=FinishReason.STOP))
-    assert actions[:3] == [m.Emit(Tokens((2,))), *CANCEL_BOTH]
+    assert actions[:3] == [act.Emit(Tokens((2,))), *CANCEL_BOTH]
     assert actions[3].event.reason is FinishReason.STOP
     assert len(actions) == 4
 
 
 def test_length_is_enforced_where_the_worker_forgets_to_finish() -> None:
     machine = placed(max_tokens=1)
-    machine.handle(m.SequenceStarted(1.5, 7, "P", 0))
+    machine.handle(ev.SequenceStarted(1.5, 7, "P", 0))
     actions = machine.handle(tokens("P", 0, 50))
-    assert actions[:3] == [m.Emit(Tokens((50,))), *CANCEL_BOTH]
+    assert actions[:3] == [act.Emit(Tokens((50,))), *CANCEL_BOTH]
     assert actions[3].event.reason is FinishReason.LENGTH
 
 
 def test_tokens_before_any_start_message_start_the_stream() -> None:
     machine = placed()
-    assert machine.handle(tokens("P", 0, 50)) == [m.Emit(Started(0)), m.Emit(Tokens((50,)))]
-    assert machine.handle(m.SequenceStarted(3.0, 7, "P", 2)) == []
+    assert machine.handle(tokens("P", 0, 50)) == [
+        act.Emit(Started(0)),
+        act.Emit(Tokens((50,))),
+    ]
+    assert machine.handle(ev.SequenceStarted(3.0, 7, "P", 2)) == []
 
 
 def test_duplicates_are_dropped_and_overlaps_trimmed() -> None:
@@ -208,7 +213,7 @@ def test_duplicates_are_dropped_and_overlaps_trimmed() -> None:
     machine.handle(tokens("P", 0, 50))
     assert machine.handle(tokens("P", 0, 50)) == []
     assert machine.handle(tokens("D", 0, 50)) == []
-    assert machine.handle(tokens("D", 0, 50, 51)) == [m.Emit(Tokens((51,)))]
+    assert machine.handle(tokens("D", 0, 50, 51)) == [act.Emit(Tokens((51,)))]
     assert machine.handle(tokens("D", 0, 50, finish=FinishReason.STOP)) == []
     assert machine.emitted == [50, 51]
 
@@ -240,24 +245,24 @@ def test_more_tokens_than_asked_for_is_an_internal_error() -> None:
 
 def test_decode_tokens_that_overtake_the_first_one_wait_for_it() -> None:
     machine = placed()
-    machine.handle(m.LeaseGranted(1.6, 7, "D", LEASE))
-    assert machine.handle(received()) == [m.ReleaseKv("P", 7)]
+    machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE))
+    assert machine.handle(received()) == [act.ReleaseKv("P", 7)]
     assert machine.handle(tokens("D", 1, 51)) == []
     assert machine.handle(tokens("D", 1, 51)) == []
     assert machine.handle(tokens("D", 2, 52)) == []
     assert machine.handle(tokens("P", 0, 50)) == [
-        m.Emit(Started(0)),
-        m.Emit(Tokens((50,))),
-        m.Emit(Tokens((51, 52))),
+        act.Emit(Started(0)),
+        act.Emit(Tokens((50,))),
+        act.Emit(Tokens((51, 52))),
     ]
-    assert machine.handle(tokens("D", 3, 53))[0] == m.Emit(Tokens((53,)))
+    assert machine.handle(tokens("D", 3, 53))[0] == act.Emit(Tokens((53,)))
 
 
 def test_finish_that_overtakes_the_first_token_waits_too() -> None:
     machine = placed()
     assert machine.handle(tokens("D", 1, 51, finish=FinishReason.STOP)) == []
     actions = machine.handle(tokens("P", 0, 50))
-    assert actions[1:3] == [m.Emit(Tokens((50,))), m.Emit(Tokens((51,)))]
+    assert actions[1:3] == [act.Emit(Tokens((50,))), act.Emit(Tokens((51,)))]
     assert actions[3] == cancel("P", "finished")
     assert actions[4].event.reason is FinishReason.STOP
     assert machine.emitted == [50, 51]
@@ -279,7 +284,7 @@ def test_prefill_lost_while_decode_waits_for_its_token_is_replayed() -> None:
     machine = placed()
     machine.handle(received())
     machine.handle(tokens("D", 1, 51))
-    actions = machine.handle(m.WorkerGone(4.0, "P", "cut"))
+    actions = machine.handle(ev.WorkerGone(4.0, "P", "cut"))
     assert actions == [cancel("D", "replaced"), FIND_AGAIN]
     assert machine.emitted == []
 
@@ -288,14 +293,17 @@ def test_prefill_lost_while_decode_waits_for_its_token_is_replayed() -> None:
 def test_prefill_lost_before_decode_has_everything_is_replayed(progress: str) -> None:
     machine = placed()
     steps = {
-        "started": m.SequenceStarted(1.5, 7, "P", 0),
+        "started": ev.SequenceStarted(1.5, 7, "P", 0),
         "first token": tokens("P", 0, 50),
         "sent": sent(),
     }
     for name, event in steps.items():
         if progress in {name, "sent"}:
             machine.handle(event)
-    assert machine.handle(m.WorkerGone(3.0, "P", "cut")) == [cancel("D", "replaced"), FIND_AGAIN]
+    assert machine.handle(ev.WorkerGone(3.0, "P", "cut")) == [
+        cancel("D", "replaced"),
+        FIND_AGAIN,
+    ]
     assert machine.state is State.REPLAYING
 
 
@@ -303,9 +311,9 @@ def test_prefill_lost_after_decode_has_everything_is_no_matter() -> None:
     machine = placed()
     machine.handle(tokens("P", 0, 50))
     machine.handle(received())
-    assert machine.handle(m.WorkerGone(3.5, "P", "cut")) == []
+    assert machine.handle(ev.WorkerGone(3.5, "P", "cut")) == []
     assert machine.handle(failed("P", errors.PeerLost("late"))) == []
-    assert machine.handle(tokens("D", 1, 51)) == [m.Emit(Tokens((51,)))]
+    assert machine.handle(tokens("D", 1, 51)) == [act.Emit(Tokens((51,)))]
 
 
 def test_decode_lost_is_replayed_from_what_was_emitted() -> None:
@@ -313,7 +321,7 @@ def test_decode_lost_is_replayed_from_what_was_emitted() -> None:
     machine.handle(tokens("P", 0, 50))
     machine.handle(received())
     machine.handle(tokens("D", 1, 51))
-    assert machine.handle(m.WorkerGone(4.0, "D", "cut")) == [FIND_AGAIN]
+    assert machine.handle(ev.WorkerGone(4.0, "D", "cut")) == [FIND_AGAIN]
     assert machine.handle(tokens("D", 2, 52)) == []  # late, of an attempt given up
     again = attempt(
         sequence_id=8,
@@ -322,56 +330,62 @@ def test_decode_lost_is_replayed_from_what_was_emitted() -> None:
         max_tokens=2,
         deadline_s=4.5,
     )
-    assert machine.handle(m.PlaceFound(4.5, 8, REPLAY)) == [
-        m.Emit(Placed(REPLAY, 1)),
-        m.SubmitDecode("E", again, expect_kv=True),
-        m.SubmitPrefill("P", again),
+    assert machine.handle(ev.PlaceFound(4.5, 8, REPLAY)) == [
+        act.Emit(Placed(REPLAY, 1)),
+        act.SubmitDecode("E", again, expect_kv=True),
+        act.SubmitPrefill("P", again),
     ]
-    assert machine.handle(m.SequenceStarted(4.6, 8, "P", 3)) == []
+    assert machine.handle(ev.SequenceStarted(4.6, 8, "P", 3)) == []
     assert machine.handle(tokens("P", 2, 52, at=5.0, sid=8)) == [
-        m.Emit(Resumed(1.0, 2)),
-        m.Emit(Tokens((52,))),
+        act.Emit(Resumed(1.0, 2)),
+        act.Emit(Tokens((52,))),
     ]
     actions = machine.handle(tokens("E", 3, 53, at=6.0, sid=8, finish=FinishReason.LENGTH))
-    assert actions[:2] == [m.Emit(Tokens((53,))), cancel("P", "finished", 8)]
+    assert actions[:2] == [act.Emit(Tokens((53,))), cancel("P", "finished", 8)]
     assert actions[2].event.stats.replays == 1
     assert actions[2].event.stats.completion_tokens == 4
 
 
 def test_decode_lost_before_the_transfer_cancels_prefill() -> None:
     machine = placed()
-    assert machine.handle(m.WorkerGone(3.0, "D", "cut")) == [cancel("P", "replaced"), FIND_AGAIN]
+    assert machine.handle(ev.WorkerGone(3.0, "D", "cut")) == [
+        cancel("P", "replaced"),
+        FIND_AGAIN,
+    ]
 
 
 def test_replay_of_an_untouched_stream_has_no_gap_to_tell() -> None:
     machine = placed()
-    machine.handle(m.WorkerGone(3.0, "D", "cut"))
-    machine.handle(m.PlaceFound(3.5, 8, REPLAY))
+    machine.handle(ev.WorkerGone(3.0, "D", "cut"))
+    machine.handle(ev.PlaceFound(3.5, 8, REPLAY))
     assert machine.handle(tokens("P", 0, 50, sid=8)) == [
-        m.Emit(Started(0)),
-        m.Emit(Tokens((50,))),
+        act.Emit(Started(0)),
+        act.Emit(Tokens((50,))),
     ]
 
 
 def test_gap_counts_from_the_first_of_several_losses() -> None:
     machine = placed(LOCAL)
     machine.handle(tokens("D", 0, 50))
-    machine.handle(m.WorkerGone(3.0, "D", "cut"))
-    machine.handle(m.PlaceFound(3.5, 8, REPLAY))
-    machine.handle(m.WorkerGone(4.0, "E", "cut"))
-    machine.handle(m.PlaceFound(4.5, 9, REPLAY))
-    assert machine.handle(tokens("P", 1, 51, at=6.0, sid=9))[0] == m.Emit(Resumed(3.0, 1))
+    machine.handle(ev.WorkerGone(3.0, "D", "cut"))
+    machine.handle(ev.PlaceFound(3.5, 8, REPLAY))
+    machine.handle(ev.WorkerGone(4.0, "E", "cut"))
+    machine.handle(ev.PlaceFound(4.5, 9, REPLAY))
+    assert machine.handle(tokens("P", 1, 51, at=6.0, sid=9))[0] == act.Emit(Resumed(3.0, 1))
 
 
 def test_both_workers_lost_at_once() -> None:
     machine = placed()
-    assert machine.handle(m.WorkerGone(3.0, "D", "cut")) == [cancel("P", "replaced"), FIND_AGAIN]
-    assert machine.handle(m.WorkerGone(3.0, "P", "cut")) == []
+    assert machine.handle(ev.WorkerGone(3.0, "D", "cut")) == [
+        cancel("P", "replaced"),
+        FIND_AGAIN,
+    ]
+    assert machine.handle(ev.WorkerGone(3.0, "P", "cut")) == []
 
 
 def test_other_workers_are_no_concern() -> None:
     machine = placed()
-    assert machine.handle(m.WorkerGone(3.0, "X", "cut")) == []
+    assert machine.handle(ev.WorkerGone(3.0, "X", "cut")) == []
     assert machine.handle(tokens("X", 0, 50)) == []
     assert machine.handle(tokens("P", 0, 50, sid=6)) == []
     assert machine.state is State.PLACED
@@ -379,19 +393,19 @@ def test_other_workers_are_no_concern() -> None:
 
 def test_no_place_for_the_replay_is_worker_lost() -> None:
     machine = placed()
-    machine.handle(m.WorkerGone(3.0, "D", "its stream ended"))
-    assert machine.handle(m.PlaceTimedOut(3.1, 0, 1.0)) == []  # of the first search
-    assert machine.handle(m.NoPlace(3.1, 1, None, parked=True)) == []
-    assert machine.handle(m.PlaceTimedOut(5.0, 1, 1.0)) == [
+    machine.handle(ev.WorkerGone(3.0, "D", "its stream ended"))
+    assert machine.handle(ev.PlaceTimedOut(3.1, 0, 1.0)) == []  # of the first search
+    assert machine.handle(ev.NoPlace(3.1, 1, None, parked=True)) == []
+    assert machine.handle(ev.PlaceTimedOut(5.0, 1, 1.0)) == [
         Failure(errors.WorkerLost, "worker D was lost (its stream ended)"),
     ]
 
 
 def test_replays_are_counted() -> None:
     machine = placed(LOCAL, max_replays=1)
-    machine.handle(m.WorkerGone(3.0, "D", "cut"))
-    machine.handle(m.PlaceFound(3.5, 8, REPLAY))
-    assert machine.handle(m.WorkerGone(4.0, "P", "cut")) == [
+    machine.handle(ev.WorkerGone(3.0, "D", "cut"))
+    machine.handle(ev.PlaceFound(3.5, 8, REPLAY))
+    assert machine.handle(ev.WorkerGone(4.0, "P", "cut")) == [
         cancel("E", "failed", 8),
         Failure(errors.WorkerLost, "worker P"),
     ]
@@ -399,26 +413,26 @@ def test_replays_are_counted() -> None:
 
 def test_corrupt_kv_is_asked_for_twice_and_then_computed_locally() -> None:
     machine = placed()
-    machine.handle(m.LeaseGranted(1.6, 7, "D", LEASE))
-    missing = m.KvMissing(3.0, 7, "D", (1, 4))
-    assert machine.handle(missing) == [m.ResendKv("P", 7, (1, 4))]
-    assert machine.handle(missing) == [m.ResendKv("P", 7, (1, 4))]
+    machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE))
+    missing = ev.KvMissing(3.0, 7, "D", (1, 4))
+    assert machine.handle(missing) == [act.ResendKv("P", 7, (1, 4))]
+    assert machine.handle(missing) == [act.ResendKv("P", 7, (1, 4))]
     assert machine.handle(missing) == [
         cancel("D", "replaced"),
         cancel("P", "replaced"),
-        m.FindPlace(1, 2.0, local_only=True, cause="corrupt_frame"),
+        act.FindPlace(1, 2.0, local_only=True, cause="corrupt_frame"),
     ]
     # Once is enough: every later attempt of this request stays local.
-    machine.handle(m.PlaceFound(3.5, 8, LOCAL))
-    (find,) = machine.handle(m.WorkerGone(4.0, "D", "cut"))
-    assert find == m.FindPlace(2, 2.0, local_only=True, cause="worker_lost")
+    machine.handle(ev.PlaceFound(3.5, 8, LOCAL))
+    (find,) = machine.handle(ev.WorkerGone(4.0, "D", "cut"))
+    assert find == act.FindPlace(2, 2.0, local_only=True, cause="worker_lost")
 
 
 def test_lease_is_opened_once_and_only_while_prefill_is_there() -> None:
     machine = placed()
-    granted = m.LeaseGranted(1.6, 7, "D", LEASE)
-    assert machine.handle(m.LeaseGranted(1.6, 7, "P", LEASE)) == []
-    assert machine.handle(granted) == [m.OpenTransfer("P", 7, LEASE)]
+    granted = ev.LeaseGranted(1.6, 7, "D", LEASE)
+    assert machine.handle(ev.LeaseGranted(1.6, 7, "P", LEASE)) == []
+    assert machine.handle(granted) == [act.OpenTransfer("P", 7, LEASE)]
     assert machine.handle(granted) == []
 
 
@@ -436,7 +450,7 @@ def test_decode_failure_that_is_not_the_requests_fault(error, local, avoid) -> N
     machine = placed()
     assert machine.handle(failed("D", error)) == [
         cancel("P", "replaced"),
-        m.FindPlace(1, 2.0, local, frozenset(avoid), error.code),
+        act.FindPlace(1, 2.0, local, frozenset(avoid), error.code),
     ]
 
 
@@ -466,17 +480,27 @@ def test_prefill_failure_is_never_the_last_word(error, local) -> None:
 
 
 ENDINGS = [
-    (m.DeadlineReached(9.0), "deadline", Failure(errors.DeadlineExceeded, "9 s"), State.FAILED),
-    (m.ClientCancelled(2.0, "gone"), "client_gone", Failure(errors.ClientGone), State.CANCELLED),
-    (m.ShutDown(2.0), "shutdown", Failure(errors.Draining), State.FAILED),
-    (m.Broken(2.0, "oops"), "failed", Failure(errors.InternalError, "oops"), State.FAILED),
+    (
+        ev.DeadlineReached(9.0),
+        "deadline",
+        Failure(errors.DeadlineExceeded, "9 s"),
+        State.FAILED,
+    ),
+    (
+        ev.ClientCancelled(2.0, "gone"),
+        "client_gone",
+        Failure(errors.ClientGone),
+        State.CANCELLED,
+    ),
+    (ev.ShutDown(2.0), "shutdown", Failure(errors.Draining), State.FAILED),
+    (ev.Broken(2.0, "oops"), "failed", Failure(errors.InternalError, "oops"), State.FAILED),
 ]
 
 
 @pytest.mark.parametrize(("event", "reason", "failure", "state"), ENDINGS)
 def test_ending_cancels_what_is_open_and_nothing_else(event, reason, failure, state) -> None:
     waiting = make()
-    waiting.handle(m.Admitted(0.0))
+    waiting.handle(ev.Admitted(0.0))
     assert waiting.handle(event) == [failure]
 
     machine = placed()
@@ -488,14 +512,14 @@ def test_ending_cancels_what_is_open_and_nothing_else(event, reason, failure, st
     assert machine.handle(event) == [cancel("D", reason), failure]
 
     machine = placed()
-    machine.handle(m.WorkerGone(2.0, "D", "cut"))  # between two attempts
+    machine.handle(ev.WorkerGone(2.0, "D", "cut"))  # between two attempts
     assert machine.handle(event) == [failure]
 
 
 def test_stop_string_finishes_with_what_was_emitted() -> None:
     machine = placed(LOCAL)
     machine.handle(tokens("D", 0, 50))
-    actions = machine.handle(m.StoppedEarly(3.0))
+    actions = machine.handle(ev.StoppedEarly(3.0))
     assert actions[0] == cancel("D", "finished")
     assert actions[1].event.reason is FinishReason.STOP
     assert actions[1].event.stats.completion_tokens == 1
@@ -504,14 +528,14 @@ def test_stop_string_finishes_with_what_was_emitted() -> None:
 def test_stop_string_between_two_attempts() -> None:
     machine = placed(LOCAL)
     machine.handle(tokens("D", 0, 50))
-    machine.handle(m.WorkerGone(3.0, "D", "cut"))
-    (action,) = machine.handle(m.StoppedEarly(3.5))
+    machine.handle(ev.WorkerGone(3.0, "D", "cut"))
+    (action,) = machine.handle(ev.StoppedEarly(3.5))
     assert action.event.reason is FinishReason.STOP
 
 
 def test_stop_before_any_place_is_a_cancel() -> None:
     machine = make()
-    assert machine.handle(m.StoppedEarly(0.0)) == [Failure(errors.ClientGone)]
+    assert machine.handle(ev.StoppedEarly(0.0)) == [Failure(errors.ClientGone)]
 
 
 @pytest.mark.parametrize("ending", [event for event, *_ in ENDINGS])
@@ -519,17 +543,17 @@ def test_nothing_follows_the_terminal_event(ending) -> None:
     machine = placed()
     machine.handle(ending)
     late = [
-        m.Admitted(3.0),
-        m.PlaceFound(3.0, 8, SPLIT),
-        m.PlaceTimedOut(3.0, 0, 1.0),
-        m.SequenceStarted(3.0, 7, "P", 0),
-        m.LeaseGranted(3.0, 7, "D", LEASE),
+        ev.Admitted(3.0),
+        ev.PlaceFound(3.0, 8, SPLIT),
+        ev.PlaceTimedOut(3.0, 0, 1.0),
+        ev.SequenceStarted(3.0, 7, "P", 0),
+        ev.LeaseGranted(3.0, 7, "D", LEASE),
         tokens("P", 0, 50),
         received(),
-        m.KvMissing(3.0, 7, "D", (1,)),
+        ev.KvMissing(3.0, 7, "D", (1,)),
         failed("D", errors.LeaseLost("x")),
-        m.WorkerGone(3.0, "D", "cut"),
+        ev.WorkerGone(3.0, "D", "cut"),
         *(event for event, *_ in ENDINGS),
-        m.StoppedEarly(3.0),
+        ev.StoppedEarly(3.0),
     ]
     assert [machine.handle(event) for event in late] == [[] for _ in late]

@@ -10,6 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvrelay_protocol import errors
 from kvrelay_protocol.fleet_pb2 import Lease
+from kvrelay_router.requests import actions as act
+from kvrelay_router.requests import events as ev
 from kvrelay_router.requests import machine as m
 from kvrelay_router.requests.types import (
     Failed,
@@ -54,42 +56,42 @@ class Requests(RuleBasedStateMachine):
         self.next_id = 1
         self.sequence_ids = [999]
         self.path: Path | None = None
-        self.find: m.FindPlace | None = None
+        self.find: act.FindPlace | None = None
         self.events: list[object] = []
         self.held: set[tuple[str, int]] = set()
         self.prefills: set[tuple[str, int]] = set()
         self.replays = replays
-        self.feed(m.Admitted(0.0))
+        self.feed(ev.Admitted(0.0))
 
-    def feed(self, event: m.Event) -> None:
+    def feed(self, event: ev.Event) -> None:
         was_terminal = self.machine.state.terminal
         actions = self.machine.handle(event)
         assert not (was_terminal and actions)
         for action in actions:
             self.obey(action)
 
-    def obey(self, action: m.Action) -> None:
+    def obey(self, action: act.Action) -> None:
         match action:
-            case m.Emit(event):
+            case act.Emit(event):
                 self.events.append(event)
-            case m.FindPlace():
+            case act.FindPlace():
                 assert self.find is None
                 assert action.attempt <= self.replays
                 self.find = action
-            case m.SubmitDecode(worker, attempt) | m.SubmitPrefill(worker, attempt):
+            case act.SubmitDecode(worker, attempt) | act.SubmitPrefill(worker, attempt):
                 emitted = self.emitted()
                 assert attempt.tokens[len(attempt.tokens) - len(emitted) :] == emitted
                 assert attempt.output_offset == len(emitted)
                 assert attempt.max_tokens == MAX_TOKENS - len(emitted) > 0
                 self.held.add((worker, attempt.sequence_id))
-                if isinstance(action, m.SubmitPrefill):
+                if isinstance(action, act.SubmitPrefill):
                     self.prefills.add((worker, attempt.sequence_id))
-            case m.OpenTransfer(worker, sequence_id) | m.ResendKv(worker, sequence_id):
+            case act.OpenTransfer(worker, sequence_id) | act.ResendKv(worker, sequence_id):
                 assert (worker, sequence_id) in self.prefills
-            case m.ReleaseKv(worker, sequence_id):
+            case act.ReleaseKv(worker, sequence_id):
                 assert (worker, sequence_id) in self.prefills
                 self.let_go(worker, sequence_id)
-            case m.Cancel(worker, sequence_id):
+            case act.Cancel(worker, sequence_id):
                 self.let_go(worker, sequence_id)
 
     def let_go(self, worker: str, sequence_id: int) -> None:
@@ -115,18 +117,18 @@ class Requests(RuleBasedStateMachine):
         else:
             self.path = Path(PathKind.DISAGGREGATED, "r", prefill, decode)
         self.sequence_ids.append(self.next_id)
-        self.feed(m.PlaceFound(self.tick(), self.next_id, self.path))
+        self.feed(ev.PlaceFound(self.tick(), self.next_id, self.path))
         self.next_id += 1
 
     @rule(parked=st.booleans())
     def no_place(self, parked: bool) -> None:
         if self.find is not None:
-            self.feed(m.NoPlace(self.tick(), 1, None, parked))
+            self.feed(ev.NoPlace(self.tick(), 1, None, parked))
 
     @rule(attempt=st.integers(0, 4))
     def timeout(self, attempt: int) -> None:
         if self.find is not None and attempt:
-            self.feed(m.PlaceTimedOut(self.tick(), attempt, 1.0))
+            self.feed(ev.PlaceTimedOut(self.tick(), attempt, 1.0))
 
     # ---- well-behaved workers
 
@@ -149,8 +151,8 @@ class Requests(RuleBasedStateMachine):
         if self.path is None:
             return
         sid, decode = self.sequence_ids[-1], self.path.decode_worker
-        self.feed(m.LeaseGranted(self.tick(), sid, decode, Lease()))
-        self.feed(m.KvReceived(self.tick(), sid, decode, 1, 0.1, 0.1, "t"))
+        self.feed(ev.LeaseGranted(self.tick(), sid, decode, Lease()))
+        self.feed(ev.KvReceived(self.tick(), sid, decode, 1, 0.1, 0.1, "t"))
 
     # ---- anything from anybody
 
@@ -170,11 +172,11 @@ class Requests(RuleBasedStateMachine):
         sid, at = self.sequence_ids[-1 - which % len(self.sequence_ids)], self.tick()
         self.feed(
             [
-                m.SequenceStarted(at, sid, worker, 1),
-                m.LeaseGranted(at, sid, worker, Lease()),
-                m.KvSent(at, sid, worker, 1, 0.1, 0.1, "t"),
-                m.KvReceived(at, sid, worker, 1, 0.1, 0.1, "t"),
-                m.KvMissing(at, sid, worker, (1,)),
+                ev.SequenceStarted(at, sid, worker, 1),
+                ev.LeaseGranted(at, sid, worker, Lease()),
+                ev.KvSent(at, sid, worker, 1, 0.1, 0.1, "t"),
+                ev.KvReceived(at, sid, worker, 1, 0.1, 0.1, "t"),
+                ev.KvMissing(at, sid, worker, (1,)),
             ][kind],
         )
 
@@ -182,23 +184,23 @@ class Requests(RuleBasedStateMachine):
     def any_failure(self, worker: str, which: int, error: errors.KvrelayError) -> None:
         sid = self.sequence_ids[-1 - which % len(self.sequence_ids)]
         self.let_go(worker, sid)
-        self.feed(m.SequenceFailed(self.tick(), sid, worker, error))
+        self.feed(ev.SequenceFailed(self.tick(), sid, worker, error))
 
     @rule(worker=workers)
     def lose(self, worker: str) -> None:
         for sid in self.sequence_ids:
             self.let_go(worker, sid)
-        self.feed(m.WorkerGone(self.tick(), worker, "cut"))
+        self.feed(ev.WorkerGone(self.tick(), worker, "cut"))
 
     @rule(kind=st.integers(0, 40))
     def end(self, kind: int) -> None:
         at = self.tick()
         endings = [
-            m.DeadlineReached(at),
-            m.ClientCancelled(at, "gone"),
-            m.StoppedEarly(at),
-            m.ShutDown(at),
-            m.Broken(at, "x"),
+            ev.DeadlineReached(at),
+            ev.ClientCancelled(at, "gone"),
+            ev.StoppedEarly(at),
+            ev.ShutDown(at),
+            ev.Broken(at, "x"),
         ]
         if kind < len(endings):
             self.feed(endings[kind])
@@ -208,7 +210,7 @@ class Requests(RuleBasedStateMachine):
         # A decode worker lets go of what it finishes; a prefill worker only when told.
         if finish and (worker, sid) not in self.prefills:
             self.held.discard((worker, sid))
-        self.feed(m.TokensArrived(self.tick(), sid, worker, first, ids, finish))
+        self.feed(ev.TokensArrived(self.tick(), sid, worker, first, ids, finish))
 
     # ---- what must hold
 
@@ -238,7 +240,7 @@ class Requests(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "machine"):
-            self.feed(m.DeadlineReached(self.tick()))
+            self.feed(ev.DeadlineReached(self.tick()))
             assert self.machine.state.terminal
             assert not self.held
 
