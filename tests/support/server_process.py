@@ -103,8 +103,9 @@ def running_server(
             timeout_s=90,
         )
         yield server
-        process.send_signal(signal.SIGINT)
-        assert process.wait(40) == 0, log.read_text()
+        if process.poll() is None:  # a test may have stopped it itself
+            process.send_signal(signal.SIGINT)
+            assert process.wait(40) == 0, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()
