@@ -17,10 +17,10 @@ def run(config: WorkerConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     phases = Phases.of_process()
 
-    async def main(shutdown: asyncio.Event) -> None:
-        await serve(config, start_engine(config, phases), phases, shutdown)
-
-    return run_process(main)
+    return run_process(
+        lambda: start_engine(config, phases),
+        lambda engine, shutdown: serve(config, engine, phases, shutdown),
+    )
 
 
 async def serve(

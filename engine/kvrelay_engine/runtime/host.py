@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
@@ -20,6 +20,11 @@ from kvrelay_protocol.errors import WorkerStartFailed
 from kvrelay_protocol.versions import JOIN_VERSION
 
 log = logging.getLogger(__name__)
+
+LEAVE_S = 2.0
+"""For the router to read a drained worker's last messages."""
+STOP_S = 10.0
+"""For transfers to confirm their cancel, and for the running step to end."""
 
 
 def software_version() -> str:
@@ -110,36 +115,29 @@ class WorkerHost:
         def deliver(events: Sequence[object]) -> None:
             running.call_soon_threadsafe(worker.events, events)
 
-        loop = StepLoop(scheduler, step, on_events=deliver, on_failure=fail)
-        self._loop = loop
-        self._link = JoinLink(self.config.router, self, heartbeat_s=self.config.heartbeat_s)
+        loop = self._loop = StepLoop(scheduler, step, on_events=deliver, on_failure=fail)
+        link = self._link = JoinLink(self.config.router, self, heartbeat_s=self.config.heartbeat_s)
         loop.start()
-        link = asyncio.create_task(self._link.run(self._announce))
-        stop = asyncio.create_task(shutdown.wait())
+        joined = asyncio.create_task(link.run(self._announce))
         try:
-            waited: set[asyncio.Future[Any]] = {link, stop, failed}
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            if failed.done():
-                raise WorkerStartFailed(f"the engine loop failed: {failed.result()!r}")
-            if link.done():
-                await link
-            await self._drain(worker)
+            await _unless_broken(shutdown.wait(), joined, failed)
+            # Take no new work, finish what runs, and say all of it.
+            self._say_drained()
+            grace_s = self.config.drain_grace_s
+            if not await _in_time(_unless_broken(worker.wait_idle(), joined, failed), grace_s):
+                log.warning("%d sequences did not end in %g s", worker.open_sequences, grace_s)
+            link.leave()
+            await asyncio.wait({joined}, timeout=LEAVE_S)
         finally:
-            link.cancel()
-            stop.cancel()
-            await asyncio.gather(link, stop, return_exceptions=True)
+            joined.cancel()
+            await asyncio.gather(joined, return_exceptions=True)
             worker.drop_all("worker stops")
+            await _in_time(worker.wait_idle(), STOP_S)
             loop.stop()
-            await asyncio.to_thread(loop.join, 10.0)
+            await asyncio.to_thread(loop.join, STOP_S)
 
-    async def _drain(self, worker: Worker) -> None:
-        """Take no new work, finish what runs, within the grace."""
+    def _say_drained(self) -> None:
         self.send(pb.WorkerMessage(drained=pb.Drained()))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.drain_grace_s):
-                await worker.wait_idle()
-        if worker.open_sequences:
-            log.warning("%d sequences did not end within the drain's grace", worker.open_sequences)
 
     # ---- JoinHandler
 
@@ -180,3 +178,37 @@ class WorkerHost:
 
     def _announce(self) -> None:
         self.phases.line(f"joined {self.config.router} after {self.phases.elapsed:.2f} s")
+        if self._shutdown is not None and self._shutdown.is_set():
+            self._say_drained()  # to a router that started while this worker drains
+
+
+async def _in_time(work: Coroutine[Any, Any, object], seconds: float) -> bool:
+    """Returns whether `work` ended within its time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await work
+            return True
+    return False
+
+
+async def _unless_broken(
+    work: Coroutine[Any, Any, object],
+    joined: asyncio.Task[None],
+    failed: asyncio.Future[BaseException],
+) -> None:
+    """Wait for `work`, unless the link or the engine ends first.
+
+    Raises:
+        StartupError: the router refused this worker.
+        WorkerStartFailed: the engine loop failed.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        waited: set[asyncio.Future[Any]] = {task, joined, failed}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        task.cancel()
+    if failed.done():
+        raise WorkerStartFailed(f"the engine loop failed: {failed.result()!r}")
+    if joined.done():
+        await joined

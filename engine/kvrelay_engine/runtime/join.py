@@ -1,7 +1,6 @@
 """The worker's end of `Fleet.Join`: dial, say hello, report, obey; dial again when the stream breaks."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
@@ -49,6 +48,28 @@ class JoinHandler(Protocol):
         """The router is gone, and with it every owner: drop all sequences and leases."""
 
 
+class _Outbox:
+    """What one session has still to say. `close` lets the stream end once everything is said."""
+
+    def __init__(self, hello: pb.WorkerMessage) -> None:
+        self._queue: asyncio.Queue[pb.WorkerMessage | None] = asyncio.Queue()
+        self._queue.put_nowait(hello)
+
+    def put(self, message: pb.WorkerMessage) -> bool:
+        """Returns whether there was room."""
+        if self._queue.qsize() >= MAX_QUEUED:
+            return False
+        self._queue.put_nowait(message)
+        return True
+
+    def close(self) -> None:
+        self._queue.put_nowait(None)
+
+    async def messages(self) -> AsyncIterator[pb.WorkerMessage]:
+        while (message := await self._queue.get()) is not None:
+            yield message
+
+
 class JoinLink:
     """Keeps one worker joined to one router. `send` never blocks; what can't be delivered is dropped
     with the stream, since the router has then given up everything this worker ran.
@@ -58,33 +79,44 @@ class JoinLink:
         self._router = router
         self._handler = handler
         self._heartbeat_s = heartbeat_s
-        self._outgoing: asyncio.Queue[pb.WorkerMessage] | None = None
+        self._outbox: _Outbox | None = None
+        self._patience = asyncio.timeout(None)
+        """Of the session in progress; set to now, it ends the session."""
+        self._leaving = False
         self.joined = asyncio.Event()
 
     def send(self, message: pb.WorkerMessage) -> None:
         """Queue a message in order; dropped when no router is connected."""
-        if self._outgoing is None:
-            return
-        try:
-            self._outgoing.put_nowait(message)
-        except asyncio.QueueFull:
-            log.error("the router at %s does not read; treating it as lost", self._router)
-            self._outgoing = None
+        if self._outbox is not None and not self._outbox.put(message):
+            self._outbox = None
+            self._patience.reschedule(asyncio.get_running_loop().time())
+
+    def leave(self) -> None:
+        """Say what is queued, then close the stream from this side: `run` returns when the router
+        has read it all, or at once when there is no router.
+        """
+        self._leaving = True
+        if self._outbox is not None:
+            self._outbox.close()
+            self._outbox = None
 
     async def run(self, on_joined: Callable[[], None]) -> None:
-        """Stay joined until cancelled.
+        """Stay joined until cancelled, or until `leave`.
 
         Raises:
             StartupError: the router refused this worker; the message names what does not fit.
         """
         loop = asyncio.get_running_loop()
         alone_since, reported = loop.time(), False
-        while True:
+        while not self._leaving:
             why = "it closed the stream"
             try:
                 await self._session(on_joined)
             except grpc.aio.AioRpcError as error:
                 why = error.code().name
+            except TimeoutError:
+                why = "it does not read its messages"
+                log.error("the router at %s does not read; treating it as lost", self._router)
             if self.joined.is_set():
                 self.joined.clear()
                 alone_since, reported = loop.time(), False
@@ -96,20 +128,20 @@ class JoinLink:
             await asyncio.sleep(REDIAL_S)
 
     async def _session(self, on_joined: Callable[[], None]) -> None:
-        async with grpc.aio.insecure_channel(self._router, options=_CHANNEL_OPTIONS) as channel:
-            queue: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue(MAX_QUEUED)
-            queue.put_nowait(pb.WorkerMessage(hello=self._handler.hello()))
-            self._outgoing = queue
-            call = rpc.FleetStub(channel).Join(self._messages(queue))
+        self._patience = asyncio.timeout(None)
+        async with (
+            self._patience,
+            grpc.aio.insecure_channel(self._router, options=_CHANNEL_OPTIONS) as channel,
+        ):
+            outbox = self._outbox = _Outbox(pb.WorkerMessage(hello=self._handler.hello()))
+            call = rpc.FleetStub(channel).Join(outbox.messages())
             heartbeat = asyncio.create_task(self._heartbeats())
             try:
                 async for message in call:
                     self._receive(message, on_joined)
             finally:
-                self._outgoing = None
+                self._outbox = None
                 heartbeat.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await heartbeat
                 call.cancel()
 
     def _receive(self, message: pb.RouterMessage, on_joined: Callable[[], None]) -> None:
@@ -126,12 +158,7 @@ class JoinLink:
                 self._handler.handle(message)
 
     async def _heartbeats(self) -> None:
+        await self.joined.wait()  # the welcome says how often
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            if self.joined.is_set():
-                self.send(pb.WorkerMessage(heartbeat=pb.Heartbeat(load=self._handler.heartbeat())))
-
-    @staticmethod
-    async def _messages(queue: asyncio.Queue[pb.WorkerMessage]) -> AsyncIterator[pb.WorkerMessage]:
-        while True:
-            yield await queue.get()
+            self.send(pb.WorkerMessage(heartbeat=pb.Heartbeat(load=self._handler.heartbeat())))

@@ -1,0 +1,198 @@
+"""A worker process's life around its worker: join, drain, leave, fail."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from kvrelay_engine.batch import Batch, SequenceSlice, StepResult
+from kvrelay_engine.runtime.config import WorkerConfig
+from kvrelay_engine.runtime.host import Advertisement, WorkerHost
+from kvrelay_engine.runtime.startup import Phases
+from kvrelay_engine.runtime.step_loop import LoadSnapshot
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import StartupError, WorkerStartFailed
+
+NOTHING = LoadSnapshot(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+BATCH = Batch((SequenceSlice(1, (5,), 0, (0,), None),))
+
+
+class Worker:
+    """Has one open sequence from every submit until `finish`, which says its last word."""
+
+    def __init__(self, host):
+        self.host, self.open, self.dropped = host, 0, []
+        self.changed = asyncio.Event()
+
+    @property
+    def open_sequences(self):
+        return self.open
+
+    async def wait_idle(self):
+        while self.open:
+            self.changed.clear()
+            await self.changed.wait()
+
+    def handle(self, message):
+        self.open += 1
+
+    def finish(self):
+        self.host.send(pb.WorkerMessage(step_output=pb.StepOutput()))
+        self._end(self.open - 1)
+
+    def drop_all(self, reason):
+        self.dropped.append(reason)
+        self._end(0)
+
+    def _end(self, left):
+        self.open = left
+        self.changed.set()
+
+    def events(self, events):
+        pass
+
+    def add_load(self, load):
+        pass
+
+
+class Scheduler:
+    def __init__(self):
+        self.work = []
+
+    def schedule(self):
+        return self.work.pop() if self.work else None
+
+    def commit(self, batch, result):
+        pass
+
+    def take_events(self):
+        return []
+
+    def load(self):
+        return NOTHING
+
+    def check_integrity(self):
+        pass
+
+
+class Process:
+    """One host on the test's loop."""
+
+    def __init__(self, router, tmp_path, *, step=lambda _: StepResult({}), grace_s=60.0):
+        config = WorkerConfig(
+            name="w",
+            model_dir=tmp_path,
+            model_name="m",
+            router=f"127.0.0.1:{router.port}",
+            drain_grace_s=grace_s,
+        )
+        self.host = WorkerHost(config, SimpleNamespace(max_model_len=10), Phases())
+        self.worker, self.scheduler = Worker(self.host), Scheduler()
+        self.shutdown = asyncio.Event()
+        advertisement = Advertisement(pb.ROLE_DECODE, pb.KvLayout(), "inproc", b"")
+        self.task = asyncio.create_task(
+            self.host.run(self.worker, advertisement, self.scheduler, step, self.shutdown)
+        )
+
+    async def ended(self):
+        await asyncio.wait_for(self.task, 30)
+
+
+SUBMIT = pb.RouterMessage(submit_decode=pb.SubmitDecode())
+
+
+async def with_work(router, process, until):
+    await until(lambda: router.sessions)
+    router.sessions[-1].say.put_nowait(SUBMIT)
+    await until(lambda: process.worker.open)
+
+
+async def test_a_drain_says_so_finishes_what_runs_and_delivers_the_last_word(
+    router, tmp_path, until
+):
+    process = Process(router, tmp_path)
+    await with_work(router, process, until)
+    process.shutdown.set()
+    await until(lambda: "drained" in router.sessions[0].kinds())
+    assert not process.task.done()
+    process.worker.finish()
+    await process.ended()
+    assert router.sessions[0].kinds() == ["hello", "drained", "step_output"]
+    assert len(router.sessions) == 1
+
+
+async def test_the_routers_drain_message_is_a_shutdown(router, tmp_path, until):
+    process = Process(router, tmp_path)
+    await until(lambda: router.sessions)
+    router.sessions[-1].say.put_nowait(pb.RouterMessage(drain=pb.Drain()))
+    await process.ended()
+
+
+async def test_a_drain_ends_with_its_grace(router, tmp_path, until):
+    process = Process(router, tmp_path, grace_s=0.05)
+    await with_work(router, process, until)
+    process.shutdown.set()
+    await process.ended()
+    assert "worker stops" in process.worker.dropped
+
+
+async def test_a_drain_without_a_router_ends(router, tmp_path, until):
+    process = Process(router, tmp_path)
+    await with_work(router, process, until)
+    await router.stop()
+    process.shutdown.set()
+    await process.ended()
+    assert process.worker.open == 0
+
+
+async def test_a_router_that_starts_during_a_drain_is_told_of_it(router, tmp_path, until):
+    process = Process(router, tmp_path)
+    await with_work(router, process, until)
+    process.worker.drop_all = lambda reason: None  # what runs belongs to another router
+    process.shutdown.set()
+    await until(lambda: "drained" in router.sessions[0].kinds())
+    router.sessions[0].say.put_nowait(None)
+    await until(lambda: len(router.sessions) == 2)
+    await until(lambda: "drained" in router.sessions[1].kinds())
+    process.worker.finish()
+    await process.ended()
+
+
+async def test_a_lost_router_drops_every_sequence_and_the_next_one_is_joined(
+    router, tmp_path, until
+):
+    process = Process(router, tmp_path)
+    await with_work(router, process, until)
+    router.sessions[0].say.put_nowait(None)
+    await until(lambda: process.worker.dropped == ["the router is gone"])
+    await until(lambda: len(router.sessions) == 2)
+    await with_work(router, process, until)
+    process.worker.finish()
+    process.shutdown.set()
+    await process.ended()
+
+
+def _fail(_):
+    raise ZeroDivisionError("a defect")
+
+
+@pytest.mark.parametrize("draining", [False, True])
+async def test_an_engine_that_fails_ends_the_process_with_its_reason(
+    router, tmp_path, until, draining
+):
+    process = Process(router, tmp_path, step=_fail)
+    await with_work(router, process, until)
+    if draining:
+        process.shutdown.set()
+        await until(lambda: "drained" in router.sessions[0].kinds())
+    process.host.post(lambda: process.scheduler.work.append(BATCH))
+    with pytest.raises(WorkerStartFailed, match=r"engine loop failed.*a defect"):
+        await process.ended()
+    assert process.worker.open == 0
+
+
+async def test_a_refused_worker_ends_with_the_routers_reason(router, tmp_path):
+    error = pb.Error(code="layout_mismatch", message="block_size: 16 here, 32 there")
+    router.answer = pb.RouterMessage(refused=pb.Refused(error=error))
+    with pytest.raises(StartupError, match="block_size: 16 here, 32 there"):
+        await Process(router, tmp_path).ended()
