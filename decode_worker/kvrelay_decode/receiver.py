@@ -10,7 +10,8 @@ from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import CorruptFrame, DeadlineExceeded, LeaseLost, StaleFrame
 from kvrelay_protocol.trace import TraceContext
 from kvrelay_transfer.frames import Expected, Frame, FrameKind, open_frame
-from kvrelay_transfer.kit import TransferKit
+from kvrelay_transfer.kit import TransferKit, to_the_end
+from kvrelay_transfer.layout import Piece
 from kvrelay_transfer.lease import (
     Abandon,
     Complete,
@@ -54,23 +55,24 @@ class KvReceiver:
         identity: LeaseId,
         *,
         tag: int,
-        blocks: tuple[int, ...],
+        prompt_blocks: tuple[int, ...],
         first_block: int,
         kit: TransferKit,
         pool: KVPool,
         lease_s: float,
-        deadline_s: float,
+        deadline: float,
         on_posted: Callable[[], None],
         on_missing: Callable[[tuple[int, ...]], None],
     ) -> None:
-        self.lease = ReceiveLease(identity)
+        owed = pool.num_layers * (len(prompt_blocks) - first_block)
+        self.lease = ReceiveLease(identity, owed)
         self._tag = tag
-        self._blocks = blocks
+        self._blocks = prompt_blocks
         self._first_block = first_block
         self._kit = kit
         self._pool = pool
         self._lease_s = lease_s
-        self._deadline = time.monotonic() + deadline_s
+        self._deadline = deadline
         self._on_posted = on_posted
         self._on_missing = on_missing
         self._bytes = 0
@@ -84,9 +86,16 @@ class KvReceiver:
         Raises:
             CorruptFrame: frames were still missing after the resends.
             LeaseLost: no progress within the lease time.
-            DeadlineExceeded: the request's time is over.
+            DeadlineExceeded: the request's time is over, whatever this was waiting for.
             PeerLost: the sender died in the middle of a message.
         """
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                return await self._receive_all()
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed during its transfer") from None
+
+    async def _receive_all(self) -> Received:
         with await self._kit.staging.acquire() as staging:
             receive = self._kit.transport.receive(self._tag, staging.view)
             try:
@@ -100,7 +109,7 @@ class KvReceiver:
                         receive = self._kit.transport.receive(self._tag, staging.view)
             finally:
                 # Confirmed before the staging buffer goes back and the caller frees the blocks.
-                await receive.cancel()
+                await to_the_end(receive.cancel())
 
     async def _turn(self, receive: Receive, buffer: memoryview) -> Received | None:
         frame: Frame | None = None
@@ -119,7 +128,8 @@ class KvReceiver:
             return None
         self._count(nbytes)
         if frame.header.kind is FrameKind.KV_GROUP:
-            self.lease.kv_message(frame.header.sequence)
+            size = frame.header.layer_count * frame.header.block_count
+            self.lease.kv_message(frame.header.sequence, size)
             return None
         verdict = self.lease.handover(frame.header.total_messages - 1)
         self._obey(verdict)
@@ -129,24 +139,17 @@ class KvReceiver:
 
     async def _next_message(self, receive: Receive) -> int | None:
         """Length of the next message; None when it is quiet and the record is in doubt."""
-        now = time.monotonic()
-        limit = self._deadline - now
         # Before the first message the lease is kept by the router's stream, which ends it when the
         # prefill worker is lost: a prompt may wait in a prefill queue longer than a lease.
-        if self._first is not None:
-            limit = min(limit, self._lease_s)
+        limit = None if self._first is None else self._lease_s
         if self.lease.record_in_doubt:
-            limit = min(limit, QUIET_S)
+            limit = min(QUIET_S, self._lease_s)
         try:
             async with asyncio.timeout(limit):
                 return await receive.wait()
         except TimeoutError:
             if self.lease.record_in_doubt:
                 return None
-            if time.monotonic() >= self._deadline:
-                raise DeadlineExceeded(
-                    "the request's deadline passed during its transfer"
-                ) from None
             self.lease.expire()
             raise LeaseLost(f"no KV block came for {self._lease_s:g} s") from None
 
@@ -155,24 +158,31 @@ class KvReceiver:
         identity = self.lease.identity
         expected = Expected(identity.lease_id, identity.epoch, identity.generation)
         frame = open_frame(buffer, nbytes, expected)
-        header = frame.header
-        if header.kind is FrameKind.KV_GROUP:
-            end_layer = header.layer_start + header.layer_count
-            end_block = header.block_first + header.block_count
-            fits = end_layer <= self._pool.num_layers and end_block <= len(self._blocks)
-            if not fits or header.block_first < self._first_block:
-                raise StaleFrame(
-                    f"a frame for layers up to {end_layer} and blocks {header.block_first} to "
-                    f"{end_block}; the lease has {self._pool.num_layers} layers and blocks "
-                    f"{self._first_block} to {len(self._blocks)}",
-                )
-            self._pool.scatter(
-                header.layer_start,
-                end_layer,
-                self._blocks[header.block_first : end_block],
-                frame.payload,
-            )
+        if frame.header.kind is FrameKind.KV_GROUP:
+            self._write(frame)
         return frame
+
+    def _write(self, frame: Frame) -> None:
+        header = frame.header
+        piece = Piece(
+            header.layer_start, header.layer_count, header.block_first, header.block_count
+        )
+        end_layer = piece.layer_start + piece.layer_count
+        end_block = piece.block_first + piece.block_count
+        inside = end_layer <= self._pool.num_layers and end_block <= len(self._blocks)
+        whole = 0 < len(frame.payload) == piece.payload_bytes(self._kit.layout)
+        if not inside or not whole or piece.block_first < self._first_block:
+            raise StaleFrame(
+                f"a frame of {len(frame.payload)} bytes for layers up to {end_layer} and blocks "
+                f"{piece.block_first} to {end_block}; the lease has {self._pool.num_layers} layers "
+                f"and blocks {self._first_block} to {len(self._blocks)}",
+            )
+        self._pool.scatter(
+            piece.layer_start,
+            end_layer,
+            self._blocks[piece.block_first : end_block],
+            frame.payload,
+        )
 
     def _count(self, nbytes: int) -> None:
         if self._first is None:

@@ -37,17 +37,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Sequence:
-    """One sequence on this worker, from submit to its last token or its cancel.
+    """One sequence on this worker, from submit until it holds nothing here.
 
     While `transfer` runs, the transfer owns the sequence: whoever wants to end it cancels that task,
-    which frees the blocks once nothing writes to them any more.
+    at whose end nothing writes to the blocks any more.
     """
 
     spec: SequenceSpec
     lease_s: float
     submitted: float
-    transfer: asyncio.Task[None] | None = None
+    transfer: asyncio.Task[Received] | None = None
     receiver: KvReceiver | None = None
+    cancelled: bool = False
+    """Nobody waits for it: its transfer, under way, is being stopped."""
     span: Span | None = None
     """The phase that runs now: `prefill` (local) or `decode`."""
     tokens: int = 0
@@ -62,20 +64,18 @@ class DecodeWorker:
     scheduler: DecodeScheduler
     telemetry: Telemetry
     _sequences: dict[int, _Sequence] = field(default_factory=dict)
-    _transfers: set[asyncio.Task[None]] = field(default_factory=set)
-    """Transfers whose task has not ended: their blocks are pinned."""
     _progress: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set whenever a sequence or a transfer ends."""
+    """Set whenever a sequence ends."""
     _corrupt_frames: int = 0
     _expired_leases: int = 0
     _bandwidth: float = 0.0
 
     @property
     def open_sequences(self) -> int:
-        return len(self._sequences) + len(self._transfers)
+        return len(self._sequences)
 
     async def wait_idle(self) -> None:
-        while self.open_sequences:
+        while self._sequences:
             self._progress.clear()
             await self._progress.wait()
 
@@ -134,17 +134,23 @@ class DecodeWorker:
         self.host.post(lambda: enter(spec))
 
     def _cancel(self, sequence_id: int, reason: str) -> None:
-        sequence = self._sequences.pop(sequence_id, None)
+        sequence = self._sequences.get(sequence_id)
         if sequence is None:
             return
-        self._progress.set()
+        if sequence.transfer is not None:
+            sequence.cancelled = True
+            sequence.transfer.cancel(reason)
+            return
         if sequence.span is not None:
             sequence.span.add_event("cancelled", {"reason": reason})
-            self._end_span(sequence)
-        if sequence.transfer is None:
-            self.host.post(lambda: self.scheduler.abort(sequence_id))
-        else:
-            sequence.transfer.cancel(reason)
+        self._forget(sequence)
+        self.host.post(lambda: self.scheduler.abort(sequence_id))
+
+    def _forget(self, sequence: _Sequence) -> None:
+        """It holds nothing here any more, or nothing that the scheduler was not told to free."""
+        del self._sequences[sequence.spec.sequence_id]
+        self._end_span(sequence)
+        self._progress.set()
 
     def _reserved(self, event: Reserved) -> None:
         sequence = self._sequences.get(event.sequence_id)
@@ -152,23 +158,25 @@ class DecodeWorker:
             return
         identity = LeaseId(secrets.token_bytes(16), self.host.incarnation, event.generation)
         tag = secrets.randbits(64)
+        size = self.kit.layout.block_size
         receiver = KvReceiver(
             identity,
             tag=tag,
-            blocks=event.blocks,
+            prompt_blocks=event.blocks[: -(-len(sequence.spec.tokens) // size)],
             first_block=event.first_block,
             kit=self.kit,
             pool=self.host.engine.runner.pool,
             lease_s=sequence.lease_s,
-            deadline_s=sequence.spec.deadline_s,
+            deadline=sequence.submitted + sequence.spec.deadline_s,
             on_posted=lambda: self._grant(event, identity, tag),
             on_missing=lambda numbers: self._ask_again(event.sequence_id, numbers),
         )
         sequence.receiver = receiver
-        task = asyncio.get_running_loop().create_task(self._transfer(sequence, receiver))
-        sequence.transfer = task
-        self._transfers.add(task)
-        task.add_done_callback(self._transfer_ended)
+        sequence.transfer = asyncio.get_running_loop().create_task(receiver.run())
+        # A callback, since a task that is cancelled before its first turn runs nothing of its own.
+        sequence.transfer.add_done_callback(
+            lambda task: self._transfer_ended(sequence, receiver, task),
+        )
 
     def _grant(self, event: Reserved, identity: LeaseId, tag: int) -> None:
         self.host.send(
@@ -196,40 +204,32 @@ class DecodeWorker:
             ),
         )
 
-    async def _transfer(self, sequence: _Sequence, receiver: KvReceiver) -> None:
-        """Own the reserved blocks until the transfer is complete, or has confirmed its end."""
+    def _transfer_ended(
+        self, sequence: _Sequence, receiver: KvReceiver, task: asyncio.Task[Received]
+    ) -> None:
+        """Nothing writes to the reserved blocks any more: run on them, or free them."""
+        self._corrupt_frames += receiver.lease.corrupt_frames
+        receiver.lease.release()
+        sequence.transfer = None
         sequence_id = sequence.spec.sequence_id
-        try:
-            received = await receiver.run()
-        except asyncio.CancelledError:
-            self.host.post(lambda: self.scheduler.abort(sequence_id))
-        except Exception as error:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is None and not sequence.cancelled:
+            self._transfer_done(sequence, task.result())
+            return
+        if isinstance(error, Exception) and not sequence.cancelled:
             self._transfer_failed(sequence, error)
-            self.host.post(lambda: self.scheduler.abort(sequence_id))
-        else:
-            self._transfer_done(sequence, received)
-        finally:
-            self._corrupt_frames += receiver.lease.corrupt_frames
-            receiver.lease.release()
-            sequence.transfer = None
-
-    def _transfer_ended(self, task: asyncio.Task[None]) -> None:
-        self._transfers.discard(task)
-        self._progress.set()
+        self._forget(sequence)
+        self.host.post(lambda: self.scheduler.abort(sequence_id))
 
     def _transfer_failed(self, sequence: _Sequence, error: Exception) -> None:
         if not isinstance(error, KvrelayError):
             log.error("receiving KV of request %s failed", sequence.spec.request_id, exc_info=error)
         if isinstance(error, LeaseLost):
             self._expired_leases += 1
-        self._sequences.pop(sequence.spec.sequence_id, None)
         self.host.send(failure_message(sequence.spec.sequence_id, error))
 
     def _transfer_done(self, sequence: _Sequence, received: Received) -> None:
         spec, handover = sequence.spec, received.handover
-        if sequence.spec.sequence_id not in self._sequences:  # cancelled in this very moment
-            self.host.post(lambda: self.scheduler.abort(spec.sequence_id))
-            return
         self._bandwidth = received.bytes / max(received.seconds, 1e-9)
         self._transfer_span(sequence, received)
         sequence.span = self._phase_span(sequence, "decode", received.prefill_trace)
@@ -273,9 +273,7 @@ class DecodeWorker:
             sequence.span.end()
             sequence.span = self._phase_span(sequence, "decode", None)
         if event.finish is not None:
-            self._end_span(sequence)
-            del self._sequences[event.sequence_id]
-            self._progress.set()
+            self._forget(sequence)
         return [token_run(event.sequence_id, event.index, event.token, event.finish)]
 
     # ---- spans: all are children of the router's root, so that no lost worker can orphan another's

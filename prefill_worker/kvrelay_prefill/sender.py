@@ -111,8 +111,15 @@ class KvSender:
         Raises:
             PeerLost, TransferCancelled: the decode worker is gone or gave up.
             LeaseLost: everything was sent, and no release came within the lease time.
-            DeadlineExceeded: the request's time is over.
+            DeadlineExceeded: the request's time is over, whatever this was waiting for.
         """
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                await self._send_until_released()
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed during its prefill") from None
+
+    async def _send_until_released(self) -> None:
         while self._lease.state is not SendState.RELEASED:
             message = self._lease.next()
             if message is not None:
@@ -124,17 +131,12 @@ class KvSender:
             await self._wait()
 
     async def _wait(self) -> None:
-        sent = self._lease.state is SendState.SENT
-        left = self._deadline - time.monotonic()
+        limit = self._lease_s if self._lease.state is SendState.SENT else None
         try:
-            async with asyncio.timeout(min(left, self._lease_s) if sent else left):
+            async with asyncio.timeout(limit):
                 await self._changed.wait()
         except TimeoutError:
-            if sent and left > self._lease_s:
-                raise LeaseLost(
-                    f"no release within {self._lease_s:g} s of the last block"
-                ) from None
-            raise DeadlineExceeded("the request's deadline passed during its prefill") from None
+            raise LeaseLost(f"no release within {self._lease_s:g} s of the last block") from None
         self._changed.clear()
 
     async def _send(self, message: Outgoing) -> None:

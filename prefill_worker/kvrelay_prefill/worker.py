@@ -159,30 +159,25 @@ class PrefillWorker:
             lease_s=self.host.config.lease_s,
             on_sent=lambda sent: self._sent(spec.sequence_id, sent),
         )
-        task = self._loop.create_task(self._run(spec, sender))
-        self._prompts[spec.sequence_id] = _Prompt(spec, sender, task, time.monotonic())
+        task = self._loop.create_task(sender.run())
+        prompt = self._prompts[spec.sequence_id] = _Prompt(spec, sender, task, time.monotonic())
+        # A callback, since a task that is cancelled before its first turn runs nothing of its own.
+        task.add_done_callback(lambda _: self._ended(prompt))
         self.host.post(lambda: self.scheduler.submit(spec))
 
-    async def _run(self, spec: SequenceSpec, sender: KvSender) -> None:
-        """Own the sequence until its sender ends, however it ends; then its blocks are free."""
-        error: BaseException | None = None
-        try:
-            await sender.run()
-        except asyncio.CancelledError as cancelled:
-            error = cancelled
-        except KvrelayError as failure:
-            error = failure
-            self.host.send(failure_message(spec.sequence_id, failure))
-        except Exception as failure:
-            log.exception("sending KV of request %s failed", spec.request_id)
-            error = failure
-            self.host.send(failure_message(spec.sequence_id, failure))
-        finally:
-            prompt = self._prompts.pop(spec.sequence_id, None)
-            if prompt is not None and prompt.span is not None:
-                _end(prompt.span, error)
-            self.host.post(lambda: self.scheduler.release(spec.sequence_id))
-            self._idle.set()
+    def _ended(self, prompt: _Prompt) -> None:
+        """The sender reads no block any more, however it ended: they are free."""
+        spec, task = prompt.spec, prompt.task
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            if not isinstance(error, KvrelayError):
+                log.error("sending KV of request %s failed", spec.request_id, exc_info=error)
+            self.host.send(failure_message(spec.sequence_id, error))
+        if prompt.span is not None:
+            _end(prompt.span, error)
+        del self._prompts[spec.sequence_id]
+        self.host.post(lambda: self.scheduler.release(spec.sequence_id))
+        self._idle.set()
 
     def _open(self, message: pb.OpenTransfer) -> None:
         prompt = self._prompts.get(message.sequence_id)

@@ -86,13 +86,23 @@ def test_a_second_grant_and_a_late_resend_change_nothing():
 
 
 def test_states_that_do_not_fit_are_refused():
-    receiver = ReceiveLease(IDENTITY)
+    receiver = ReceiveLease(IDENTITY, owed=0)
     with pytest.raises(RuntimeError, match="reserved"):
-        receiver.kv_message(0)
+        receiver.kv_message(0, 1)
     receiver.posted()
     assert receiver.handover(0) == Complete()
     with pytest.raises(RuntimeError, match="ready"):
-        receiver.kv_message(0)
+        receiver.kv_message(0, 1)
+
+
+@pytest.mark.parametrize("sizes", [[], [3, 2], [3, 4]])
+def test_a_record_that_leaves_blocks_out_is_never_complete(sizes):
+    receiver = ReceiveLease(IDENTITY, owed=6)
+    receiver.posted()
+    for number, size in enumerate(sizes):
+        receiver.kv_message(number, size)
+    assert isinstance(receiver.handover(len(sizes)), Abandon)
+    assert receiver.state is ReceiveState.RECEIVING
 
 
 @settings(max_examples=300, deadline=None)
@@ -109,9 +119,9 @@ def test_every_block_arrives_once_or_the_transfer_is_abandoned(
     corrupted,
 ):
     """`corrupted` are positions in the order of arrival; the wire keeps that order."""
-    sender, receiver = SendLease(LAYOUT), ReceiveLease(IDENTITY)
     total_blocks = sum(chunks)
     first_block = min(first_block, total_blocks)
+    sender, receiver = SendLease(LAYOUT), ReceiveLease(IDENTITY, 3 * (total_blocks - first_block))
     sender.open(lease(blocks_per_message=per_message, first_block=first_block))
     receiver.posted()
     wire, arrived, position, start = deque(), {}, 0, 0
@@ -136,7 +146,8 @@ def test_every_block_arrives_once_or_the_transfer_is_abandoned(
                 verdict = receiver.handover(message.total)
             else:
                 arrived[message.number] = message.piece
-                verdict = receiver.kv_message(message.number)
+                size = message.piece.layer_count * message.piece.block_count
+                verdict = receiver.kv_message(message.number, size)
         if isinstance(verdict, Missing):
             sender.resend(list(verdict.numbers))
             wire += drain(sender)

@@ -222,22 +222,27 @@ class ReceiveLease:
     """What a decode worker holds for one sequence until it runs."""
 
     identity: LeaseId
+    owed: int
+    """Blocks times layers that the sender has to send: those of the prompt that are not here yet."""
     state: ReceiveState = ReceiveState.RESERVED
     resends: int = 0
     corrupt_frames: int = 0
     record_in_doubt: bool = False
     """A corrupt frame came and no record since: that frame may have been the record."""
-    _received: set[int] = field(default_factory=set)
+    _received: dict[int, int] = field(default_factory=dict)
+    """Blocks times layers by message number."""
 
     def posted(self) -> None:
         """The first receive is posted: the sender may begin."""
         self._expect(ReceiveState.RESERVED)
         self.state = ReceiveState.RECEIVING
 
-    def kv_message(self, number: int) -> Continue:
-        """Verified blocks number `number` are written to the pool; a repeat changes nothing."""
+    def kv_message(self, number: int, size: int) -> Continue:
+        """Verified message `number` is written to the pool: `size` is its blocks times its layers.
+        A repeat changes nothing.
+        """
         self._expect(ReceiveState.RECEIVING)
-        self._received.add(number)
+        self._received[number] = size
         return Continue()
 
     def handover(self, total: int) -> Verdict:
@@ -245,10 +250,14 @@ class ReceiveLease:
         self._expect(ReceiveState.RECEIVING)
         self.record_in_doubt = False
         missing = tuple(n for n in range(total) if n not in self._received)
-        if not missing:
-            self.state = ReceiveState.READY
-            return Complete()
-        return self._ask(missing)
+        if missing:
+            return self._ask(missing)
+        # Counting messages is not enough: a sender that left a piece out would count without it.
+        received = sum(self._received.values())
+        if received != self.owed:
+            return Abandon(f"{received} layers of blocks came, the prompt has {self.owed}")
+        self.state = ReceiveState.READY
+        return Complete()
 
     def corrupt(self) -> Verdict:
         """A frame failed its checks. Which one it was shows when the record comes."""
