@@ -40,3 +40,5 @@ class RouterConfig:
     local_prefill_max_tokens: int = 0
     """Prompts with at most this many uncached tokens are prefilled on the decode worker."""
     log_requests: bool = False
+    supervised: bool = False
+    """Another process says where this one answers and that it stops."""

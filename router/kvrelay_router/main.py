@@ -53,8 +53,6 @@ def run(config: RouterConfig) -> int:
         level=logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    if config.log_requests:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve(config))
@@ -85,10 +83,14 @@ async def serve(config: RouterConfig, stop: StopSignals | None = None) -> None:
                 await core.start()
             server = create_server(create_app(core.service, model, config, registry), config)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
-            _announce(config, model, listener, core.join_port, time.monotonic() - began)
+            say = _silent if config.supervised else _say
+            if not config.supervised:
+                _announce(config, model, listener, core.join_port, time.monotonic() - began)
             await _until(stop.drain, serving)
-            await _drain(core, stop, config.drain_grace_s)
+            say(f"draining for up to {config.drain_grace_s:g} s; interrupt again to stop at once")
+            await _drain(core, stop)
             await _end(server, serving, core)
+            say("stopped")
         finally:
             await core.stop()
             await asyncio.to_thread(telemetry.shutdown)
@@ -112,8 +114,7 @@ async def _until(event: asyncio.Event, serving: asyncio.Task[None]) -> None:
         serving.result()
 
 
-async def _drain(core: RouterCore, stop: StopSignals, grace_s: float) -> None:
-    print(f"draining for up to {grace_s:g} s; interrupt again to stop at once", flush=True)
+async def _drain(core: RouterCore, stop: StopSignals) -> None:
     draining = asyncio.create_task(core.drain())
     at_once = asyncio.create_task(stop.now.wait())
     await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
@@ -127,7 +128,14 @@ async def _end(server: EdgeServer, serving: asyncio.Task[None], core: RouterCore
     await core.stop()
     server.should_exit = True
     await serving
-    print("stopped", flush=True)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _silent(_line: str) -> None:
+    """For a router whose supervisor does the talking."""
 
 
 @contextlib.contextmanager
@@ -155,9 +163,8 @@ def _announce(
     })  # fmt: skip
     key = "-H 'Authorization: Bearer <key>' " if config.api_keys else ""
     print(f"{'router':<18} {seconds:6.2f} s  {url}")
-    print(f"model              {model.name}, max context {model.max_model_len} tokens")
-    print(f"workers join at    {config.join_host}:{join_port}")
-    print(
-        f"curl -N {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'",
-        flush=True,
-    )
+    print(f"{'model':<18} {model.name}, max context {model.max_model_len} tokens")
+    print(f"{'workers join at':<18} {config.join_host}:{join_port}")
+    insecure = "-k " if config.tls_cert else ""
+    print(f"curl {insecure}-N {url}/v1/chat/completions {key}\\")
+    print(f"  -H 'content-type: application/json' -d '{body}'", flush=True)

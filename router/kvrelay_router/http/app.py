@@ -131,16 +131,21 @@ def _add_plain_routes(
     @app.post("/tokenize", openapi_extra=_body_of(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         raw, size = await read_object(request)
-        body = parse(TokenizeBody, raw)
-        return JSONResponse(
-            await off_loop(size, lambda: models.tokenize(within_limits(model, core), body))
-        )
+        limited = within_limits(model, core)
+
+        def work() -> Response:
+            return JSONResponse(models.tokenize(limited, parse(TokenizeBody, raw)))
+
+        return await off_loop(size, work)
 
     @app.post("/detokenize", openapi_extra=_body_of(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         raw, size = await read_object(request)
-        body = parse(DetokenizeBody, raw)
-        return JSONResponse(await off_loop(size, lambda: models.detokenize(model, body)))
+
+        def work() -> Response:
+            return JSONResponse(models.detokenize(model, parse(DetokenizeBody, raw)))
+
+        return await off_loop(size, work)
 
 
 def _body_of(schema: type[BaseModel]) -> dict[str, Any]:

@@ -27,6 +27,17 @@ logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER_S = 60
 _RETRY_STATUS = (429, 503)
 
+# Pydantic's own words for these name Python's types.
+_WORDS = {
+    "missing": "is required",
+    "model_type": "must be an object",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+    "list_type": "must be a list",
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+}
+
 
 class UnsupportedParameter(InvalidRequest):
     """A parameter that would change the answer and isn't built yet."""
@@ -77,7 +88,8 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
 
 
 def _describe_one(found: Mapping[str, Any]) -> str:
-    line = f"{_where(found['loc']) or 'body'}: {found['msg']}"
+    text = _WORDS.get(found["type"]) or str(found["msg"]).replace("Input should be", "must be")
+    line = f"{_where(found['loc']) or 'body'}: {text}"
     value = found.get("input")
     # Numbers help; text may be a prompt, and objects amplify.
     if isinstance(value, bool | int | float) and found["type"] != "missing":

@@ -49,8 +49,13 @@ def require_json(headers: Headers) -> None:
     """Refuse a body that isn't declared as JSON.
 
     Raises:
-        UnsupportedMediaType: any other content type, or none.
+        UnsupportedMediaType: any other content type, none, or a compressed body.
     """
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in {"identity", ""}:
+        raise UnsupportedMediaType(
+            f"Content-Encoding {encoding[:100]} is not supported; send the body as it is",
+        )
     given = headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType(

@@ -5,7 +5,7 @@ from typing import Any
 
 from kvrelay_protocol.errors import InvalidRequest
 from kvrelay_router.http.schemas import DetokenizeBody, TokenizeBody
-from kvrelay_router.http.validation import check_model, render_chat
+from kvrelay_router.http.validation import check_model, check_token_ids, render_chat
 from kvrelay_router.requests.types import Health
 from kvrelay_router.text.served_model import ServedModel
 
@@ -52,6 +52,11 @@ def tokenize(model: ServedModel, body: TokenizeBody) -> dict[str, Any]:
 
 
 def detokenize(model: ServedModel, body: DetokenizeBody) -> dict[str, Any]:
-    """Text of ids, special tokens left out."""
+    """Text of ids, special tokens left out.
+
+    Raises:
+        InvalidRequest: an id is no token of this model.
+    """
     check_model(model, body.model)
+    check_token_ids(model, body.tokens, "tokens")
     return {"prompt": model.tokenizer.decode(body.tokens)}

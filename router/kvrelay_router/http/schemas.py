@@ -104,6 +104,11 @@ class ChatMessage(Schema):
     content: Content
 
 
+# The first bad item ends the check: a finding each for millions of them would cost minutes.
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=_TOKEN_ID_LIMIT)]], Field(fail_fast=True)]
+
+
 class StreamOptions(Schema):
     """Extras of a stream."""
 
@@ -138,7 +143,7 @@ class GenerateBody(Schema):
 class ChatBody(GenerateBody):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, lt=_TOKEN_ID_LIMIT)] | None = None
 
     def requested_max_tokens(self) -> int | None:
@@ -158,7 +163,7 @@ class TokenizeBody(Schema):
 
     model: Annotated[str, Field(max_length=512)] | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: Annotated[bool, _null_is_default(default=True)] = True
 
@@ -167,4 +172,4 @@ class DetokenizeBody(Schema):
     """`POST /detokenize`."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=_TOKEN_ID_LIMIT)]]
+    tokens: TokenIds

@@ -1,7 +1,11 @@
 """uvicorn as this router runs it: our socket, our signals, bounded heads, connections we can drop."""
 
+import asyncio
 import contextlib
 import errno
+import json
+import logging
+import secrets
 import socket
 import ssl
 from collections.abc import Iterator
@@ -11,9 +15,10 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from kvrelay_protocol.errors import PortInUse, UsageError
+from kvrelay_protocol.errors import InvalidRequest, PortInUse, UsageError
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.http.answer import ABORT_EXTENSION
+from kvrelay_router.http.errors import error_object
 
 MAX_HEAD_BYTES = 64 * 1024
 _BACKLOG = 2048
@@ -22,31 +27,92 @@ _FLUSH_S = 5
 
 
 class EdgeProtocol(HttpToolsProtocol):
-    """One connection, with a bound on its request head and an abort for clients that read nothing.
+    """One connection, with a bound on its request head, on silence before a request is complete, and
+    an abort for clients that read nothing.
 
     Closing a connection waits until the peer took what is buffered; a peer that never reads would
     hold its buffers for ever.
     """
 
+    silence_s = 30.0
     _in_head = False
     _head_bytes = 0
+    _refused = False
+    _silence: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_bytes()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
         self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[dict-item]
+        self._expect_bytes()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEAD_BYTES:
+            self._refuse_head()
+            # The parser stops at an error in a callback; nothing of this request is handled.
+            raise ValueError("the head is too large")
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._expect_nothing()
+        super().on_message_complete()
+
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._silence is not None:
+            self._expect_bytes()
         super().data_received(data)
-        if self._in_head:
+        if self._in_head and not self._refused:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._in_head = False
-                self.send_400_response("The request's head is too large.")
+                self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        self.send_400_response(f"the request's head exceeds {MAX_HEAD_BYTES} bytes")
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP request is answered like every other bad request."""
+        if self._refused:
+            return
+        self._refused = True
+        self._expect_nothing()
+        if msg == "Invalid HTTP request received.":
+            msg = "this is not a valid HTTP request"
+        body = json.dumps(error_object(InvalidRequest(msg))).encode()
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nx-request-id: req_{secrets.token_hex(12)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _expect_bytes(self) -> None:
+        self._expect_nothing()
+        self._silence = self.loop.call_later(self.silence_s, self._too_silent)
+
+    def _expect_nothing(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+
+    def _too_silent(self) -> None:
+        self._silence = None
+        awaited = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+        # We may have stopped reading ourselves, or be busy with the request before this one.
+        if awaited and not self.flow.read_paused and not self.transport.is_closing():
+            self.transport.abort()
 
 
 class EdgeServer(uvicorn.Server):
@@ -59,14 +125,15 @@ class EdgeServer(uvicorn.Server):
 
 def create_server(app: ASGIApp, config: RouterConfig) -> EdgeServer:
     """A server for one app; `serve(sockets=[...])` runs it until `should_exit`."""
-    return EdgeServer(
+    server = EdgeServer(
         uvicorn.Config(
             app,
             http=EdgeProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="warning",
+            # Port scanners and the like get their 400; whoever runs this needs no warning of each.
+            log_level="error",
             access_log=config.log_requests,
             server_header=False,
             ssl_certfile=config.tls_cert,
@@ -74,6 +141,9 @@ def create_server(app: ASGIApp, config: RouterConfig) -> EdgeServer:
             timeout_graceful_shutdown=_FLUSH_S,
         ),
     )
+    if config.log_requests:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    return server
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,7 +1,7 @@
 """From a JSON object to `ValidRequest`s: check, render, tokenise."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,7 @@ def plan_chat(
     body = parse(ChatBody, raw)
     check_model(model, body.model)
     text = render_chat(model, body.messages)
+    _check_length(model, body, text, "messages")
     # The template writes the special tokens itself.
     ids = tuple(model.tokenizer.encode(text, add_special_tokens=False))
     prompt = Prompt(ids, "", ())
@@ -127,6 +128,9 @@ def plan_completion(
     refuse_unsupported(raw)
     body = parse(CompletionBody, raw)
     check_model(model, body.model)
+    for given in body.prompt:
+        if isinstance(given, str):
+            _check_length(model, body, given, "prompt")
     prompts = [_prompt(model, given, echo=body.echo) for given in body.prompt]
     choices = _choices(
         model, body, wishes, prompts, id_prefix="cmpl", operation="text_completion", param="prompt"
@@ -134,14 +138,23 @@ def plan_completion(
     return _plan(raw, body, choices)
 
 
+def check_token_ids(model: ServedModel, ids: Iterable[int], param: str) -> None:
+    """Refuse ids the model has no row for.
+
+    Raises:
+        InvalidRequest: naming the first one.
+    """
+    unknown = next((i for i in ids if i >= model.vocab_size), None)
+    if unknown is not None:
+        message = f"token id {unknown} is not below the vocabulary's {model.vocab_size}"
+        raise InvalidRequest(message, param=param)
+
+
 def _prompt(model: ServedModel, given: str | tuple[int, ...], *, echo: bool) -> Prompt:
     if isinstance(given, str):
         ids = tuple(model.tokenizer.encode(given, add_special_tokens=True))
         return Prompt(ids, given if echo else "", ids)
-    unknown = next((i for i in given if i >= model.vocab_size), None)
-    if unknown is not None:
-        message = f"token id {unknown} is not below the vocabulary's {model.vocab_size}"
-        raise InvalidRequest(message, param="prompt")
+    check_token_ids(model, given, "prompt")
     return Prompt(given, model.tokenizer.decode(given) if echo else "", given)
 
 
@@ -211,13 +224,27 @@ def _max_tokens(model: ServedModel, body: GenerateBody, prompt: int, param: str)
     asked = body.requested_max_tokens()
     left = model.max_model_len - prompt
     if left < (asked or 1):
-        wanted = "no max_tokens" if asked is None else f"max_tokens={asked}"
-        raise ContextOverflow(
-            f"this model's context length is {model.max_model_len} tokens; the request has "
-            f"{prompt} prompt tokens and {wanted}, which needs at least {prompt + (asked or 1)}",
-            param=param,
-        )
+        raise _overflow(model, asked, prompt, f"{prompt} prompt tokens", param)
     return left if asked is None else asked
+
+
+def _check_length(model: ServedModel, body: GenerateBody, text: str, param: str) -> None:
+    """Refuse a text that is far too long before all of it is tokenised."""
+    if model.tokenizer.surely_exceeds(text, model.max_model_len):
+        asked = body.requested_max_tokens()
+        counted = f"more than {model.max_model_len} prompt tokens"
+        raise _overflow(model, asked, model.max_model_len + 1, counted, param)
+
+
+def _overflow(
+    model: ServedModel, asked: int | None, prompt: int, counted: str, param: str
+) -> ContextOverflow:
+    wanted = "no max_tokens" if asked is None else f"max_tokens={asked}"
+    return ContextOverflow(
+        f"this model's context length is {model.max_model_len} tokens; the request has "
+        f"{counted} and {wanted}, which needs at least {prompt + (asked or 1)}",
+        param=param,
+    )
 
 
 def _sampling(defaults: SamplingParams, body: GenerateBody, seed: int) -> SamplingParams:

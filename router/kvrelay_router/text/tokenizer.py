@@ -20,6 +20,10 @@ _NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
 
+_PROBED_CHARS_PER_TOKEN = 8
+"""Texts with fewer characters for each token that fits are tokenised without a probe."""
+_PROBE_CHARS = 16 * 1024
+
 
 class Tokenizer:
     """Text to ids and back."""
@@ -39,6 +43,23 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of a text, with the tokens its model begins or ends texts with where asked for."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def surely_exceeds(self, text: str, limit: int) -> bool:
+        """Whether a text has more than `limit` tokens, found out by reading no more than needed.
+
+        Only far too long texts are noticed: tokenising megabytes that can't be served anyway takes
+        seconds and hundreds of bytes of memory a token.
+        """
+        if len(text) <= max(limit, 1) * _PROBED_CHARS_PER_TOKEN:
+            return False
+        found = 0
+        for start in range(0, len(text), _PROBE_CHARS):
+            piece = text[start : start + _PROBE_CHARS]
+            found += len(self._backend.encode(piece, add_special_tokens=False).ids)
+            # A cut can't double the tokens of a piece, so twice the limit is certain.
+            if found > 2 * limit:
+                return True
+        return False
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""

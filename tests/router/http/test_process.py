@@ -1,5 +1,6 @@
 """The router as a process: start, announce, drain, stop; and what keeps it from starting."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -14,8 +15,9 @@ import httpx
 import pytest
 from scripted_service import write_model_folder
 
+from kvrelay_infra.host import accepts_connections, free_port
 from kvrelay_protocol.errors import PortInUse, UsageError
-from kvrelay_router.http.server import MAX_HEAD_BYTES, check_tls, listen
+from kvrelay_router.http.server import MAX_HEAD_BYTES, EdgeProtocol, check_tls, listen
 
 PROGRAM = """
 import json, sys
@@ -192,3 +194,76 @@ def test_an_endless_head_is_refused(live, where):
         except ConnectionError:
             answer = answer or b"HTTP/1.1 400"
         assert b"400" in answer.partition(b"\r\n")[0]
+
+
+def raw(port, *pieces):
+    """What comes back for these bytes, until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := connection.recv(65536):
+                received += piece
+        return received
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"FOO / HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n" + b"".join(b"x-%d: 1\r\n" % i for i in range(7000)) + b"\r\n",
+    ],
+    ids=["tls", "http2", "method", "length", "chunk", "header", "headers"],
+)
+def test_what_is_no_http_request_gets_the_same_error_shape(live, caplog, garbage):
+    head, _, body = raw(live.port, garbage).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert head.count(b"HTTP/1.1") == 1
+    assert b"x-request-id: req_" in head
+    assert json.loads(body)["error"]["code"] == "invalid_value"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost:",
+        b"POST /tokenize HTTP/1.1\r\ncontent-type: application/json\r\nx-api-key: sk-test\r\ncontent-length: 500\r\n\r\n{",
+    ],
+    ids=["nothing", "head", "body"],
+)
+def test_a_client_that_never_finishes_its_request_is_disconnected(live, monkeypatch, beginning):
+    monkeypatch.setattr(EdgeProtocol, "silence_s", 0.2)
+    assert raw(live.port, beginning) == b""
+
+
+def test_a_supervised_router_prints_its_phases_and_nothing_else(start):
+    process = start(supervised=True, port=(port := free_port("127.0.0.1")))
+    give_up = time.monotonic() + 30
+    while not accepts_connections("127.0.0.1", port):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    httpx.get(f"http://127.0.0.1:{port}/v1/models")
+    process.signal(signal.SIGINT)
+    status, out, err = process.end()
+    assert (status, err) == (0, "")
+    assert [re.sub(r" +\d+\.\d\d s$", "", line) for line in out.splitlines()] == [
+        "tokenizer",
+        "listen for workers",
+    ]
+
+
+def test_log_requests_prints_a_line_for_each_and_no_prompt(start):
+    process = start(log_requests=True).wait_until_serving()
+    httpx.post(f"{process.url}/tokenize", json={"prompt": "SECRET"})
+    process.signal()
+    _, out, err = process.end()
+    assert '"POST /tokenize HTTP/1.1" 200' in err
+    assert "SECRET" not in out + err

@@ -73,11 +73,77 @@ async def test_wrong_methods(client, method, path):
 
 
 async def test_many_errors_are_cut_short(client):
-    body = {**BODY, "messages": [{"role": "x" * 10, "content": 10**30} for _ in range(500)]}
-    reply = await client.post(CHAT, json=body)
-    error = error_of(reply, 400, "invalid_value")
-    assert "and 990 more" in error["message"]
+    names = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "stream",
+             "ignore_eos", "cache_salt", "stop_token_ids"]  # fmt: skip
+    reply = await client.post(CHAT, json={**BODY, **{name: {"x": 1} for name in names}})
+    assert "and 2 more" in error_of(reply, 400, "invalid_value")["message"]
     assert len(reply.content) < 5000
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "place"),
+    [
+        (CHAT, {**BODY, "messages": [{}] * 5000}, "messages[0].role"),
+        (CHAT, {**BODY, "messages": [HELLO[0]] + [7] * 5000}, "messages[1]"),
+        ("/tokenize", {"messages": [7] * 5000}, "messages[0]"),
+        ("/detokenize", {"tokens": [{}] * 5000}, "tokens[0]"),
+    ],
+)
+async def test_a_list_of_bad_items_is_refused_at_the_first(client, route, body, place):
+    error = error_of(await client.post(route, json=body), 400, "invalid_value")
+    assert error["param"] == place
+    assert error["message"].count(";") <= 1
+
+
+async def test_findings_speak_of_json_not_of_python(client):
+    body = {"model": 3, "messages": [7], "max_tokens": 0, "stream": "yes"}
+    message = error_of(await client.post(CHAT, json=body), 400, "invalid_value")["message"]
+    assert "model: must be a string (got 3)" in message
+    assert "messages[0]: must be an object (got 7)" in message
+    assert "max_tokens: must be greater than or equal to 1 (got 0)" in message
+    assert "stream: must be true or false" in message
+    empty = await client.post(CHAT, json={**BODY, "messages": []})
+    assert "messages: must not be empty" in empty.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("route", "field"), [(CHAT, "messages"), ("/v1/completions", "prompt")])
+async def test_a_text_far_beyond_the_context_is_refused_without_reading_all_of_it(
+    client, model, monkeypatch, route, field
+):
+    read = []
+    encode = type(model.tokenizer._backend).encode
+    backend = model.tokenizer._backend
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(backend, name)
+
+        def encode(self, text, **options):
+            read.append(len(text))
+            return encode(backend, text, **options)
+
+    monkeypatch.setattr(model.tokenizer, "_backend", Counting())
+    text = "x y z " * 10_000
+    value = text if field == "prompt" else [{"role": "user", "content": text}]
+    reply = await client.post(route, json={"model": "org/tiny", field: value, "max_tokens": 9})
+    error = error_of(reply, 400, "context_length_exceeded")
+    assert "512 tokens" in error["message"]
+    assert "more than 512 prompt tokens and max_tokens=9" in error["message"]
+    assert sum(read) < len(text)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate"])
+async def test_a_compressed_body_is_refused_by_name(client, encoding):
+    headers = {**JSON, "content-encoding": encoding}
+    reply = await client.post(CHAT, content=json.dumps(BODY), headers=headers)
+    assert encoding in error_of(reply, 415, "unsupported_media_type")["message"]
+
+
+async def test_detokenize_refuses_ids_that_are_no_token(client, model):
+    reply = await client.post("/detokenize", json={"tokens": [1, model.vocab_size]})
+    error = error_of(reply, 400, "invalid_value")
+    assert error["param"] == "tokens"
+    assert str(model.vocab_size) in error["message"]
 
 
 async def test_errors_do_not_show_prompt_text_or_internals(client):

@@ -74,7 +74,7 @@ REQUESTS = (
     Flag("--max-replays", "workers one request may lose", integer(0), 3, "requests", "N"),
     Flag("--local-prefill-max-tokens", "prompts up to this are prefilled where they decode",
          integer(0), 0, "requests", "N"),
-    Flag("--log-requests", "log prompts and answers", boolean, False, "requests", switch=True),
+    Flag("--log-requests", "print a line for every HTTP request", boolean, False, "requests", switch=True),
 )  # fmt: skip
 
 TIMES = (
@@ -90,7 +90,7 @@ ENGINE = (
          choice("auto", "float32", "bfloat16", "float16"), "auto", "engine", "DTYPE"),
     Flag("--kv-memory", "KV pool of each worker", size(), 256 * MiB, "engine", "SIZE"),
     Flag("--block-size", "tokens in a KV block", integer(1, 1024), 16, "engine", "TOKENS"),
-    Flag("--max-model-len", "tokens of prompt plus answer; 0: the model's own, or what the pool holds",
+    Flag("--max-model-len", "tokens of prompt plus answer; 0: what model and pool hold",
          integer(0), 0, "engine", "TOKENS"),
     Flag("--max-batch-tokens", "prompt tokens computed in one step", integer(1), 512, "engine",
          "TOKENS"),
@@ -111,6 +111,10 @@ POOLS = (
     Flag("--decode", "decode workers", integer(1, 64), 1, "pools", "N"),
 )
 
-ROUTER_FLAGS = (*MODEL, *HTTP, *JOIN_SERVER, *REQUESTS, *TIMES)
+SUPERVISED = Flag(
+    "--supervised", "print no address: another process does", boolean, False, "http", switch=True
+)
+
+ROUTER_FLAGS = (*MODEL, *HTTP, SUPERVISED, *JOIN_SERVER, *REQUESTS, *TIMES)
 WORKER_FLAGS = (*MODEL, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
 STACK_FLAGS = (*MODEL, *POOLS, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *TRANSFER, *TIMES)
