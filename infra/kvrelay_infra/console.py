@@ -13,6 +13,8 @@ class Console:
     def __init__(self, stream: TextIO | None = None, *, relay: bool = True) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._relay = relay
+        self.name_width = 0
+        """Of the longest child's name, so that what they say stands in one column."""
         self._lock = threading.Lock()
         self._began = time.monotonic()
 
@@ -23,9 +25,10 @@ class Console:
 
     def child_line(self, name: str, text: str) -> None:
         if self._relay:
-            self.line(f"[{name}] {text}")
+            label = f"[{name}]"
+            self.line(f"{label:<{self.name_width + 2}} {text}")
 
     def phase(self, name: str, detail: str, *, seconds: float | None = None) -> None:
         """One start-up phase and how long it took, by default since the console was made."""
         spent = time.monotonic() - self._began if seconds is None else seconds
-        self.line(f"  {name:<9}{spent:6.2f} s  {detail}")
+        self.line(f"  {name:<9}{spent:6.2f} s  {detail}".rstrip())

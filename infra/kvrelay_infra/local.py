@@ -46,6 +46,7 @@ _PROBE_S = 0.1
 _WATCH_S = 1.0
 _STILL_WAITING_S = 10.0
 _CLOSE_GRACE_S = 10.0
+_NAMES_WIDTH = 50
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -129,6 +130,7 @@ class Supervisor:
         self._console = console
         self._on_ready = on_ready
         self._specs = {spec.name: spec for spec in (fleet.router, *fleet.workers)}
+        console.name_width = max(map(len, self._specs))
         self._machine = SupervisorMachine(fleet.router.name, [spec.name for spec in fleet.workers])
         # SimpleQueue: `put` may run in a signal handler while the same thread is inside `get`.
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -264,12 +266,13 @@ class Supervisor:
         fleet = self._fleet
         match phase:
             case Phase.WORKERS:
-                join = f"{fleet.join_host}:{fleet.join_port}"
-                detail = f"{fleet.base_url}, workers join at {join}"
+                detail = f"workers join at {fleet.join_host}:{fleet.join_port}"
                 self._console.phase("router", detail, seconds=now - self._began)
                 self._waiting_since = now
             case Phase.SERVING:
                 names = " ".join(spec.name for spec in fleet.workers)
+                if len(names) > _NAMES_WIDTH:
+                    names = f"all {len(fleet.workers)}"
                 self._console.phase("workers", f"{names} ready", seconds=now - self._began)
                 self._on_ready()
             case Phase.DRAINING:

@@ -33,6 +33,8 @@ KvrelayError
     └── WorkerStartFailed           8
 ```
 
+A worker that the router refuses (join token, layout) exits with 10, without a usable transport with 9.
+
 Each class carries its code, HTTP status and, for start-up, its exit code; `error_to_wire` and
 `error_from_wire` are the only conversions.
 """
@@ -88,6 +90,7 @@ class Unauthorized(RequestError):
     code = "invalid_api_key"
     http_status = 401
     wire_type = "authentication_error"
+    exit_code = 10  # of a worker whose join token the router refuses
 
 
 class ModelNotFound(RequestError):
@@ -219,6 +222,7 @@ class LayoutMismatch(TransferError):
     """Two workers describe their KV blocks differently."""
 
     code = "layout_mismatch"
+    exit_code = 10
 
 
 class TransportMisconfigured(TransferError):

@@ -21,6 +21,7 @@ from kvrelay.cli.chat import Conversation
 from kvrelay.cli.main import main
 from kvrelay.cli.reply import Reply, card, stream_reply
 from kvrelay.testing import FakeServer, delay, drop, status, timings
+from kvrelay_protocol.errors import UsageError
 
 ANSWER = (
     Started("disaggregated", "least_loaded", "prefill-0", "decode-0", 16, 40),
@@ -267,3 +268,29 @@ def test_a_failing_demo_exits_1(ready_stack, server, piped, capsys):
     err = capsys.readouterr().err.splitlines()
     assert err[0].startswith("kvrelay: ")
     assert err[1] == "  [router] a warning"
+
+
+def test_chat_talks_to_the_server_that_runs_already(server, piped, capsys, monkeypatch):
+    monkeypatch.setattr("kvrelay.cli.chat.DEFAULT_BASE_URL", server.base_url)
+    model = {"id": "fake", "object": "model", "owned_by": "kvrelay"}
+    server.queue(status(200, body={"object": "list", "data": [model]}), path="/v1/models")
+    piped("hi\n")
+    assert main(["chat"]) == 0
+    assert capsys.readouterr().out == f"kvrelay chat, fake at {server.base_url}\nJoins paths.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--decode", "2"], ["some/model"], ["--device", "cpu"], []])
+def test_chat_starts_its_own_stack_where_one_is_asked_for_or_nobody_answers(
+    server, monkeypatch, arguments
+):
+    # A server of somebody else's, for the run without arguments.
+    monkeypatch.setattr("kvrelay.cli.chat.DEFAULT_BASE_URL", server.base_url)
+    theirs = {"id": "fake", "object": "model", "owned_by": "somebody"}
+    server.queue(status(200, body={"object": "list", "data": [theirs]}), path="/v1/models")
+
+    def refuse(values):
+        raise UsageError("would start a stack")
+
+    monkeypatch.setattr("kvrelay.cli.chat._OwnServer", refuse)
+    assert main(["chat", *arguments]) == 2
+    assert server.chats() == []

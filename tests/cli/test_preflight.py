@@ -191,7 +191,7 @@ def test_without_a_length_the_pool_limits_it_and_the_last_block_says_so(model_di
     )
     plan = stack.plan_stack(values)
     assert plan.memory.max_model_len == 992
-    assert "the KV pool's size; the model can do 2048" in stack.ready_block(plan, values)
+    assert "the model can do 2048: raise --kv-memory" in stack.ready_block(plan, values)
 
 
 def test_bad_flags_stop_before_anything_is_read(capsys):

@@ -68,6 +68,7 @@ def test_a_required_flag_names_its_variable_too():
 def test_values_survive_the_way_to_a_child():
     given = {"port": "7002", "lease": "2m", "log_requests": "true", "kv_memory": "3MiB"}
     values = resolve(STACK_FLAGS, given | {"api_key": ["a", "b"], "model": "m"}, environ={})
+    values.supervised = True
     arguments = flags.to_arguments(ROUTER_FLAGS, values)
     assert "--log-requests" in arguments
     assert not any("api-key" in argument or "join-token" in argument for argument in arguments)
@@ -141,3 +142,21 @@ def test_the_pasted_environment_masks_secrets():
         ("OTEL_EXPORTER_OTLP_HEADERS", "*** (15 characters)"),
         ("UCX_TLS", "tcp"),
     ]
+
+
+@pytest.mark.parametrize("url", ["garbage", "ftp://x", "http://", "//x", "http:/x"])
+def test_a_base_url_is_checked_like_every_flag(url, capsys):
+    from kvrelay.cli.main import main
+
+    assert main(["chat", "--base-url", url]) == 2
+    assert capsys.readouterr().err == (
+        f"kvrelay: --base-url {url} must be a URL such as http://127.0.0.1:8000\n"
+    )
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8001", "router", "router:", ":1", "r:x"])
+def test_a_join_address_is_host_and_port_not_a_url(address, capsys):
+    from kvrelay.cli.main import main
+
+    assert main(["decode", "--join", address]) == 2
+    assert "must be host:port, such as 10.0.0.7:8001" in capsys.readouterr().err

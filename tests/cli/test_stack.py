@@ -1,5 +1,7 @@
 """From checked values to the command line and environment of every process."""
 
+import json
+import shlex
 import sys
 
 import pytest
@@ -112,3 +114,20 @@ def test_the_last_block_has_all_one_needs(model_dir):
     for part in (made.fleet.base_url, "tiny-llama", "2048 tokens", "curl ", "kvrelay chat "):
         assert part in text
     assert "hunter2" not in text
+
+
+@pytest.mark.parametrize("more", [{}, {"api_key": ("hunter2",)}, {"kv_memory": 64 * 1024}])
+def test_what_up_prints_fits_80_columns_and_its_curl_is_valid(model_dir, more):
+    values = stack.defaults(model=str(model_dir), port=0, join_port=0, **more)
+    made = stack.plan_stack(values)
+    block = stack.ready_block(made, values)
+    assert max(map(len, f"{stack.describe(made)}\n{block}".splitlines())) <= 80
+    words = shlex.split(block[block.index("curl ") :])
+    assert words[1] == f"{made.fleet.base_url}/v1/chat/completions"
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["model"] == "tiny-llama"
+    assert body["messages"][0]["role"] == "user"
+
+
+def test_the_router_of_a_stack_leaves_the_talking_to_up(model_dir):
+    assert "--supervised" in plan(model_dir).fleet.router.command

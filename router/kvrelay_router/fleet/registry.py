@@ -53,6 +53,8 @@ class WorkerRegistry:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.listener: FleetListener | None = None
+        self.closing = False
+        """The router itself ends; that workers go is no news then."""
         self._config = config
         self._clock = clock
         self._links: dict[str, WorkerLink] = {}
@@ -82,7 +84,7 @@ class WorkerRegistry:
             self.lose(previous, f"replaced by incarnation {hello.incarnation:016x}")
         link = WorkerLink(hello, now=self._clock())
         self._links[link.name] = link
-        logger.info("worker joined", extra={"worker": link.name, "role": link.role.value})
+        logger.info("worker %s joined as %s", link.name, link.role.value)
         if self.listener:
             self.listener.worker_joined(link)
         return link
@@ -94,8 +96,8 @@ class WorkerRegistry:
         link.lost.set_result(why)
         if self._links.get(link.name) is link:
             del self._links[link.name]
-        level = logging.INFO if link.draining else logging.WARNING
-        logger.log(level, "worker lost", extra={"worker": link.name, "why": why})
+        level = logging.INFO if link.draining or self.closing else logging.WARNING
+        logger.log(level, "worker %s lost: %s", link.name, why)
         if self.listener:
             self.listener.worker_lost(link, why)
 

@@ -131,6 +131,7 @@ class FleetServer:
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Close every Join call, after at most `grace_s` for workers to leave by themselves."""
+        self._registry.closing = True
         self._sweeper.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._sweeper

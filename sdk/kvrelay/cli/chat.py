@@ -9,7 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
 
-from kvrelay import ChatOptions, Client, KvrelayClientError, Message, Retries
+from kvrelay import ChatOptions, Client, KvrelayClientError, Message, Retries, Timeout
+from kvrelay._config import DEFAULT_BASE_URL
+from kvrelay.cli.commands.shared import ENGINE, POOLS, TIMES
 from kvrelay.cli.reply import (
     Reply,
     card,
@@ -122,6 +124,10 @@ def _server(
     values: SimpleNamespace,
 ) -> "AbstractContextManager[tuple[str, str | None, str | None]]":
     """Base URL, key and model: of the server that was named, or of one that starts now."""
+    found = None if values.base_url or _wants_own(values) else _running_server(values.api_key)
+    if found is not None:
+        print(f"kvrelay chat, {found} at {DEFAULT_BASE_URL}", flush=True)
+        return nullcontext((DEFAULT_BASE_URL, values.api_key, found))
     if values.base_url:
         # Fails at once, where the conversation's own client would go on trying.
         with Client(values.base_url, api_key=values.api_key, retries=Retries(max=0)) as probe:
@@ -132,6 +138,25 @@ def _server(
             (values.base_url, values.api_key, values.model or next(iter(served), None))
         )
     return _OwnServer(values)
+
+
+def _wants_own(values: SimpleNamespace) -> bool:
+    """A model or any setting of a stack was given: a server that runs already has its own."""
+    flags = (*POOLS, *ENGINE, *TIMES)
+    return bool(values.model or values.revision or values.served_model_name) or any(
+        getattr(values, flag.dest) != flag.default for flag in flags
+    )
+
+
+def _running_server(api_key: str | None) -> str | None:
+    """What a kvrelay server at the default address serves to this key; None where there is none."""
+    quick = Timeout(connect=1, first_token=2, idle=2, total=2)
+    try:
+        with Client(DEFAULT_BASE_URL, api_key=api_key, timeout=quick, retries=Retries(max=0)) as c:
+            ours = (model for model in c.models() if model.raw.get("owned_by") == "kvrelay")
+            return next((model.id for model in ours), None)
+    except KvrelayClientError:
+        return None
 
 
 class _OwnServer:

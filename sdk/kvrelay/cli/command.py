@@ -24,7 +24,8 @@ class Command:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        flag = message.removeprefix("argument ").removesuffix(": expected one argument")
+        raise UsageError(message if flag == message else f"{flag} needs a value")
 
 
 def build_parser(command: Command) -> argparse.ArgumentParser:

@@ -121,10 +121,18 @@ def existing_file(value: str) -> Path:
     return path.resolve()
 
 
+def base_url(value: str) -> str:
+    """A URL of http or https that names a host."""
+    scheme, separator, rest = value.partition("://")
+    if scheme.lower() not in {"http", "https"} or not separator or not rest.strip("/"):
+        raise ValueError("must be a URL such as http://127.0.0.1:8000")
+    return value
+
+
 def address(value: str) -> str:
     """host:port, the port within range."""
     host, colon, port = value.rpartition(":")
-    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+    if "/" in value or not (host and colon and port.isdigit() and 0 < int(port) < 65536):
         raise ValueError("must be host:port, such as 10.0.0.7:8001")
     return value
 

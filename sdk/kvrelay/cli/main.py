@@ -102,12 +102,13 @@ def _overview() -> str:
         [
             "usage: kvrelay COMMAND [ARGUMENT ...]",
             "",
-            "Serve open LLMs from two pools: prefill workers read prompts, decode workers write",
-            "answers, KV blocks move between them over UCX.",
+            "Serve open LLMs from two pools: prefill workers read prompts, decode workers",
+            "write answers, KV blocks move between them over UCX.",
             "",
             *lines,
             "",
-            "kvrelay COMMAND --help explains one, --help=WORD searches its flags. Every flag is also",
-            "an environment variable: --kv-memory is KVRELAY_KV_MEMORY; the argument wins.",
+            "kvrelay COMMAND --help explains one, --help=WORD searches its flags. Every flag",
+            "is also an environment variable: --kv-memory is KVRELAY_KV_MEMORY; the argument",
+            "wins.",
         ]
     )

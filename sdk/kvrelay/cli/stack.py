@@ -88,6 +88,7 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
             # Nobody but our own workers may join.
             "join_token": values.join_token or secrets.token_urlsafe(24),
             "threads": values.threads or own_thread_setting() or 0,
+            "supervised": True,
         }
     )
     return StackPlan(model, name, memory, cores, local_fleet(settled, model, cores, gpus))
@@ -165,46 +166,42 @@ def spread_device(device: str, position: int, gpus: int) -> str:
 
 
 def describe(plan: StackPlan) -> str:
-    """One line: what is about to be served."""
+    """Two lines: what is about to be served, and what it takes."""
     model, memory = plan.model, plan.memory
     return (
-        f"{plan.name}: {model.config.architecture}, {format_count(model.parameters)} parameters; "
-        f"per worker {format_size(memory.weights)} weights + {format_size(memory.kv_pool)} KV pool; "
-        f"{plan.cores} cores"
+        f"{plan.name}: {model.config.architecture}, {format_count(model.parameters)} parameters\n"
+        f"  each worker: {format_size(memory.weights)} weights + "
+        f"{format_size(memory.kv_pool)} KV pool; {plan.cores} cores here"
     )
 
 
 def ready_block(plan: StackPlan, values: SimpleNamespace) -> str:
     """The last lines of a start: where it is and how to use it."""
     fleet, memory = plan.fleet, plan.memory
-    cut = (
-        f" (the KV pool's size; the model can do {plan.model.config.max_position_embeddings}, "
-        "raise --kv-memory)"
-        if memory.limited
-        else ""
-    )
     tokens = memory.num_blocks * values.block_size
-    curl = ["curl"]
-    if fleet.tls:
-        curl.append("-k")
-    curl.append(f"{fleet.base_url}/v1/chat/completions -H 'content-type: application/json'")
+    lines = [
+        "",
+        f"  url      {fleet.base_url}",
+        f"  model    {plan.name}",
+        f"  context  {memory.max_model_len} tokens; {tokens} KV tokens in each worker",
+    ]
+    if memory.limited:
+        longest = plan.model.config.max_position_embeddings
+        lines.append(f"           the model can do {longest}: raise --kv-memory")
+    lines += [
+        f"  chat     kvrelay chat --base-url {fleet.base_url}",
+        f"  try      curl {'-k ' if fleet.tls else ''}{fleet.base_url}/v1/chat/completions \\",
+        "             -H 'content-type: application/json' \\",
+    ]
     if values.api_key:
-        curl.append('-H "authorization: Bearer $KVRELAY_API_KEY"')
-    body = (
-        f'{{"model":"{plan.name}","messages":[{{"role":"user","content":"What does len() do?"}}]}}'
-    )
-    curl.append(f"-d '{body}'")
-    return "\n".join(
-        [
-            "",
-            f"  url      {fleet.base_url}",
-            f"  model    {plan.name}",
-            f"  context  {memory.max_model_len} tokens{cut}; {tokens} KV tokens in each worker",
-            f"  try      {' '.join(curl)}",
-            f"  chat     kvrelay chat --base-url {fleet.base_url}",
-            "",
-        ]
-    )
+        lines.append('             -H "authorization: Bearer $KVRELAY_API_KEY" \\')
+    # A line break between two members is as good as a space, in JSON and inside the quotes.
+    lines += [
+        f"""             -d '{{"model": "{plan.name}",""",
+        """                 "messages": [{"role": "user", "content": "What is len?"}]}'""",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def run_up(values: SimpleNamespace) -> int:
@@ -212,11 +209,11 @@ def run_up(values: SimpleNamespace) -> int:
     console = Console()
     began = time.monotonic()
     plan = plan_stack(values)
-    console.line(f"kvrelay {describe(plan)}")
+    console.line(f"kvrelay up, {describe(plan)}")
     console.phase("checks", "model, ports, device, memory", seconds=time.monotonic() - began)
 
     def on_ready() -> None:
-        console.phase("ready", "", seconds=time.monotonic() - began)
+        console.phase("ready", "in all", seconds=time.monotonic() - began)
         console.line(ready_block(plan, values))
 
     drained = Supervisor(plan.fleet, console, on_ready=on_ready).run(handle_signals=True)

@@ -222,3 +222,23 @@ def test_pending_work_counts_until_a_report_can_contain_it() -> None:
     pending.gone(2)
     pending.gone(2)
     assert (pending.blocks, pending.tokens, pending.ungranted) == (0, 0, 0)
+
+
+def test_a_refused_worker_exits_with_a_code_of_its_own() -> None:
+    refusals = {errors.LayoutMismatch.exit_code, errors.Unauthorized.exit_code}
+    others = {cls.exit_code for cls in errors.StartupError.__subclasses__()}
+    assert refusals == {10}
+    assert not refusals & (others | {errors.TransportMisconfigured.exit_code})
+
+
+async def test_a_lost_worker_is_named_and_is_no_news_when_the_router_ends(fleet, caplog) -> None:
+    async with fleet.worker("gone", change_hello=token):
+        await fleet.until(lambda: fleet.heard.joined == ["gone"])
+    await fleet.until(lambda: len(fleet.heard.lost) == 1)
+    assert [r.getMessage() for r in caplog.records] == ["worker gone lost: its stream ended"]
+    caplog.clear()
+    async with fleet.worker("stays", change_hello=token):
+        await fleet.until(lambda: fleet.heard.joined == ["gone", "stays"])
+        await fleet.server.stop()
+        await fleet.until(lambda: len(fleet.heard.lost) == 2)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

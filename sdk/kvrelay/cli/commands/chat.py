@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from kvrelay.cli.command import Command
 from kvrelay.cli.commands.shared import ENGINE, POOLS, TIMES
-from kvrelay.cli.flags import Flag, api_key, boolean, integer, number, text
+from kvrelay.cli.flags import Flag, api_key, base_url, boolean, integer, number, text
 
 CHAT_FLAGS = (
     Flag(
@@ -13,7 +13,7 @@ CHAT_FLAGS = (
         text,
         metavar="MODEL",
     ),
-    Flag("--base-url", "talk to this server instead of starting one", text, None, "server", "URL"),
+    Flag("--base-url", "talk to this server", base_url, None, "server", "URL"),
     Flag("--api-key", "key for that server", api_key, None, "server", "KEY", secret=True),
     Flag("--revision", "branch, tag or commit of a hub id", text, None, "server", "REV"),
     Flag("--served-model-name", "name of the model that is started", text, None, "server", "NAME"),
@@ -37,9 +37,10 @@ def _run(values: SimpleNamespace) -> int:
 
 CHAT = Command(
     "chat",
-    "Talk to a model. Without --base-url, a stack is started for the conversation.",
+    "Talk to a model: on the server named, else the one at http://127.0.0.1:8000,\n"
+    "else on a stack started for the conversation.",
     CHAT_FLAGS,
     _run,
-    epilog="In the conversation: /reset /model [NAME] /trace /save FILE /quit. Ctrl-C stops the\n"
-    "reply, Ctrl-D ends. Input that is no terminal is read line by line.",
+    epilog="In the conversation: /reset /model [NAME] /trace /save FILE /quit. Ctrl-C stops\n"
+    "the reply, Ctrl-D ends. Input that is no terminal is read line by line.",
 )

@@ -25,7 +25,7 @@ def _run(values: SimpleNamespace) -> int:
 
 DEMO = Command(
     "demo",
-    "Start router, prefill and decode worker on free ports, ask a question, show what happened.",
+    "Start router and workers on free ports, ask a question, show what happened.",
     DEMO_FLAGS,
     _run,
 )

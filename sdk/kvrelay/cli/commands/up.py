@@ -14,9 +14,10 @@ def _run(values: SimpleNamespace) -> int:
 
 UP = Command(
     "up",
-    "Serve a model on this machine: a router, prefill and decode workers, restarted when they die.",
+    "Serve a model: a router, prefill and decode workers, restarted when they die.",
     STACK_FLAGS,
     _run,
-    epilog="Ctrl-C drains, twice stops at once. Exit codes: 2 flags, 3 no model, 4 unsupported\n"
-    "model, 5 port in use, 6 memory, 7 device, 8 a worker did not start, 9 transport.",
+    epilog="Ctrl-C drains, twice stops at once. Exit codes: 2 flags, 3 no model,\n"
+    "4 unsupported model, 5 port in use, 6 memory, 7 device, 8 a worker did not\n"
+    "start, 9 transport, 130 stopped at once.",
 )
