@@ -17,7 +17,7 @@ S = TypeVar("S", bound=Schema)
 R = TypeVar("R")
 
 # Above this many bytes rendering and tokenising leave the event loop to a thread.
-_INLINE_BYTES = 16 * 1024
+_INLINE_BYTES = 4 * 1024
 
 
 async def read_object(request: Request) -> tuple[dict[str, Any], int]:

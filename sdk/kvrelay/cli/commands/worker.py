@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from kvrelay.cli.command import Command
 from kvrelay.cli.commands.shared import WORKER_FLAGS
 
-_EXIT = "Ctrl-C drains, twice stops at once. Exit codes: those of kvrelay up; 10 refused by\nthe router."
+_EXIT = "Ctrl-C drains, twice stops at once. Exit codes: those of kvrelay up, and 10\nrefused by the router."
 
 
 def _run_prefill(values: SimpleNamespace) -> int:
