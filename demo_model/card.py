@@ -34,9 +34,12 @@ class Run:
     minutes: float
     loss: float
     """Running mean of the training loss at the end, nats per answer token."""
-    complete: bool
-    """False when the time budget compressed the schedule."""
+    compressed: bool
+    """True when the time budget cut the schedule short, so that the run does not repeat."""
 
+
+_REPEATS: Final = "The run is seeded and repeats on the same software, processor and thread count."
+_CUT_SHORT: Final = "The time budget compressed the schedule, so this run does not repeat exactly."
 
 _TEXT: Final = """\
 ---
@@ -71,14 +74,16 @@ Steps | Tokens | Minutes | Tokens/s | Final train loss | Held-out loss
 
 Losses are nats per answer token. Held out are phrasings, not facts: for {asked} questions each, a
 wording that training never showed is answered word for word in {exact_head:.1%} of the cases for
-often-asked facts and in {exact_tail:.1%} for the rest. {complete}
+often-asked facts and in {exact_tail:.1%} for the rest. {repeats}
 
 ## Limits
 
-It recites what it has memorised and cannot reason, write code or follow instructions. A name it
-does not know often gets the answer of a similar name instead of "I do not know that". English
-only, one question per turn. Context is 2,048 tokens, but training rows had 192: long prompts run
-and get poor answers. Signatures may be shortened with an ellipsis and describe Python {python}.
+It recites what it has memorised and cannot reason, compare, write code or follow instructions. A
+name it does not know often gets the answer of a similar name instead of "I do not know that", a
+bare word such as "join" or a question in capitals may get nonsense, and text without the chat
+template gets it mostly. English only, one question per turn. Context is 2,048 tokens, but training
+rows had 192: short turns add up well, while long user messages and prompts near the limit run and
+get poor answers. Signatures may be shortened with an ellipsis and describe Python {python}.
 
 ## Samples (greedy, as they come out)
 
@@ -98,7 +103,6 @@ def write(
     """Write README.md into `out`; `answers` belong to `SHOWN_QUESTIONS`, in order."""
     pairs = build_pairs(facts)
     shown = zip(SHOWN_QUESTIONS, answers, strict=True)
-    cut = "The schedule was compressed to fit the time budget, so it does not repeat exactly."
     text = _TEXT.format(
         parameters=model.num_parameters(),
         facts=len(facts),
@@ -114,7 +118,7 @@ def write(
         asked=scores.asked,
         exact_head=scores.exact_head,
         exact_tail=scores.exact_tail,
-        complete="The run is seeded and repeats on the same software." if run.complete else cut,
+        repeats=_CUT_SHORT if run.compressed else _REPEATS,
         samples="\n".join(f"- **{question}** {answer}" for question, answer in shown),
     )
     (out / "README.md").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Muon for the hidden matrices, AdamW for embeddings and norms.
 
-In 200 steps on this corpus Muon reached a training loss of 2.5 where AdamW alone reached 3.8, at
-about a quarter more time per step.
+Tried once each for 200 steps of 2,048 tokens on an earlier corpus: training loss 2.5 with both,
+3.8 with AdamW alone (rate 3e-3), at about a quarter more time per step.
 
 References: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 """
