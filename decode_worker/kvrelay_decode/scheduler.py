@@ -9,6 +9,7 @@ from kvrelay_engine.runtime.step_loop import LoadSnapshot
 from kvrelay_engine.sequence import (
     FinishReason,
     PrefixLookup,
+    SequenceFailed,
     SequenceSpec,
     SequenceState,
     chunk_size,
@@ -44,7 +45,7 @@ class TokenSampled:
     finish: FinishReason | None
 
 
-DecodeEvent = Reserved | LocalPrefillStarted | TokenSampled
+DecodeEvent = Reserved | LocalPrefillStarted | TokenSampled | SequenceFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,12 @@ class DecodeScheduler:
         """The step is done: append the sampled tokens, publish full blocks, free what is finished."""
         for part in batch.slices:
             state = self._running[part.sequence_id]
+            error = result.errors.get(part.sequence_id)
+            if error is not None:
+                state.distrust(self.allocator)
+                self.abort(part.sequence_id)
+                self._events.append(SequenceFailed(part.sequence_id, error))
+                continue
             state.advance(len(part.tokens), self.allocator)
             if part.sampling is None:
                 continue

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, StatusCode
 
 from kvrelay_decode.receiver import KvReceiver, Received
 from kvrelay_decode.scheduler import (
@@ -24,7 +24,7 @@ from kvrelay_engine.runtime.messages import (
     step_message,
     token_run,
 )
-from kvrelay_engine.sequence import SequenceSpec
+from kvrelay_engine.sequence import SequenceFailed, SequenceSpec
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import ContextOverflow, KvrelayError, LeaseLost
 from kvrelay_protocol.telemetry import Telemetry
@@ -102,6 +102,8 @@ class DecodeWorker:
                     self._reserved(event)
                 case LocalPrefillStarted():
                     self._local_prefill(event)
+                case SequenceFailed():
+                    self._failed(event)
         if runs:
             self.host.send(step_message(runs))
 
@@ -120,18 +122,24 @@ class DecodeWorker:
         if spec.sequence_id in self._sequences:
             log.error("sequence %d was submitted twice; the second is ignored", spec.sequence_id)
             return
-        limit = self.host.engine.max_model_len
-        if len(spec.tokens) + spec.max_tokens > limit:
-            error = ContextOverflow(
-                f"{len(spec.tokens)} tokens and {spec.max_tokens} to generate; "
-                f"this decode worker holds {limit}",
-            )
+        try:
+            self._check(spec)
+        except KvrelayError as error:
             self.host.send(failure_message(spec.sequence_id, error))
             return
         lease_s = message.lease_seconds or self.host.config.lease_s
         self._sequences[spec.sequence_id] = _Sequence(spec, lease_s, time.monotonic())
         enter = self.scheduler.reserve if message.expect_kv else self.scheduler.submit
         self.host.post(lambda: enter(spec))
+
+    def _check(self, spec: SequenceSpec) -> None:
+        engine = self.host.engine
+        spec.check(engine.runner.config.vocab_size)
+        if len(spec.tokens) + spec.max_tokens > engine.max_model_len:
+            raise ContextOverflow(
+                f"{len(spec.tokens)} tokens and {spec.max_tokens} to generate; "
+                f"this decode worker holds {engine.max_model_len}",
+            )
 
     def _cancel(self, sequence_id: int, reason: str) -> None:
         sequence = self._sequences.get(sequence_id)
@@ -262,6 +270,16 @@ class DecodeWorker:
                 ),
             ),
         )
+
+    def _failed(self, event: SequenceFailed) -> None:
+        sequence = self._sequences.get(event.sequence_id)
+        if sequence is None:
+            return
+        if sequence.span is not None:
+            sequence.span.set_attribute("error.type", event.error.code)
+            sequence.span.set_status(StatusCode.ERROR)
+        self._forget(sequence)
+        self.host.send(failure_message(event.sequence_id, event.error))
 
     def _token(self, event: TokenSampled) -> list[pb.TokenRun]:
         sequence = self._sequences.get(event.sequence_id)

@@ -5,8 +5,9 @@ Three life stages of a step, three types: `Batch` is decided by a scheduler (no 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from kvrelay_protocol.errors import KvrelayError
 from kvrelay_protocol.sampling import SamplingParams
 
 LayersDone = Callable[[int, int], None]
@@ -49,6 +50,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sampled token of every slice that asked for one, by sequence id."""
+    """For every slice that asked for a token, by sequence id: the token, or why there is none."""
 
     tokens: Mapping[int, int]
+    errors: Mapping[int, KvrelayError] = field(default_factory=dict)
+    """The KV of these sequences is not to be trusted either."""

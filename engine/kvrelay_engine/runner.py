@@ -20,7 +20,7 @@ from kvrelay_engine.models.config import ModelConfig
 from kvrelay_engine.models.decoder import Decoder, PackedTokens
 from kvrelay_engine.sampler.sampler import PreparedSampling, prepare_sampling, sample_tokens
 from kvrelay_kernels.paged_attention import attention_layout
-from kvrelay_protocol.errors import InternalError
+from kvrelay_protocol.errors import InternalError, KvrelayError
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,6 @@ class ModelRunner:
 
         Raises:
             ValueError: a slice is empty, or a token, position or block is out of range.
-            InternalError: the model's logits are not finite.
         """
         prepared = self.prepare(batch)
         groups = _LayerGroups(layers_done, group_layers, self.config.num_layers)
@@ -77,9 +76,10 @@ class ModelRunner:
         if not prepared.sampled_ids:
             return StepResult(tokens={})
         logits = self.decoder.logits(hidden.index_select(0, prepared.sampled_rows))
-        _check_finite(logits, prepared.sampled_ids)
+        errors = _not_finite(logits, prepared.sampled_ids)
         tokens = sample_tokens(logits, prepared.sampling).tolist()
-        return StepResult(tokens=dict(zip(prepared.sampled_ids, tokens, strict=True)))
+        rows = zip(prepared.sampled_ids, tokens, strict=True)
+        return StepResult({i: token for i, token in rows if i not in errors}, errors)
 
     def prepare(self, batch: Batch) -> PreparedBatch:
         """Check a batch and build its tensors."""
@@ -142,15 +142,18 @@ class ModelRunner:
         return torch.from_numpy(array).to(self.device)
 
 
-def _check_finite(logits: torch.Tensor, sequence_ids: tuple[int, ...]) -> None:
-    """A token drawn from NaN looks like any other: refuse it, and never answer with it."""
+def _not_finite(logits: torch.Tensor, sequence_ids: tuple[int, ...]) -> dict[int, KvrelayError]:
+    """The sequences with no token to draw: one drawn from NaN would look like any other.
+
+    Their rows become zeros, so that the draw of the others goes on as ever.
+    """
     finite = logits.amax(-1).isfinite()
-    if not finite.all():
-        broken = [i for i, good in zip(sequence_ids, finite.tolist(), strict=True) if not good]
-        raise InternalError(
-            f"the model's logits are not finite for sequences {broken}; "
-            "where float16 overflows, bfloat16 or float32 does not"
-        )
+    if finite.all():
+        return {}
+    logits.masked_fill_(~finite.unsqueeze(-1), 0.0)
+    why = "the model's logits are not finite; where float16 overflows, bfloat16 or float32 does not"
+    rows = zip(sequence_ids, finite.tolist(), strict=True)
+    return {sequence_id: InternalError(why) for sequence_id, good in rows if not good}
 
 
 class _LayerGroups:

@@ -6,6 +6,7 @@ from enum import StrEnum
 from kvrelay_engine.batch import SequenceSlice
 from kvrelay_engine.cache.allocator import Allocation, BlockAllocator
 from kvrelay_engine.cache.hashing import hash_full_blocks, next_hash, root_hash
+from kvrelay_protocol.errors import InvalidRequest, KvrelayError
 from kvrelay_protocol.sampling import SamplingParams
 
 
@@ -35,11 +36,35 @@ class SequenceSpec:
     traceparent: str = ""
     cache_salt: bytes = b""
 
+    def check(self, vocab_size: int) -> None:
+        """Refuse what no step could compute; in a step it would end every sequence of the worker.
+
+        Raises:
+            InvalidRequest: naming what is wrong.
+        """
+        if not self.tokens or self.max_tokens < 1:
+            raise InvalidRequest(
+                f"{len(self.tokens)} prompt tokens and {self.max_tokens} to generate; "
+                "at least one of each is needed"
+            )
+        if max(self.tokens) >= vocab_size:
+            raise InvalidRequest(
+                f"token {max(self.tokens)} is outside the model's vocabulary of {vocab_size}"
+            )
+
     def finish_reason(self, token: int, generated: int) -> FinishReason | None:
         """Whether `token`, the `generated`-th of this attempt, is the last."""
         if token in self.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if generated >= self.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailed:
+    """The engine can't go on with a sequence; the others are not concerned."""
+
+    sequence_id: int
+    error: KvrelayError
 
 
 @dataclass(slots=True)
@@ -105,6 +130,10 @@ class SequenceState:
             self.last_hash = next_hash(self.last_hash, self.tokens[first : first + size])
             allocator.publish(self.blocks[self.published], self.last_hash)
             self.published += 1
+
+    def distrust(self, allocator: BlockAllocator) -> None:
+        """The KV is not what the tokens stand for: nobody else may find it."""
+        allocator.forget(self.blocks)
 
     def free(self, allocator: BlockAllocator) -> None:
         allocator.release(self.blocks)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from kvrelay_engine.batch import Batch, StepResult
 from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.runtime.step_loop import LoadSnapshot
-from kvrelay_engine.sequence import FinishReason, SequenceSpec, SequenceState, chunk_size, look_up
+from kvrelay_engine.sequence import (
+    FinishReason,
+    SequenceFailed,
+    SequenceSpec,
+    SequenceState,
+    chunk_size,
+    look_up,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,7 @@ class FirstToken:
     finish: FinishReason | None
 
 
-PrefillEvent = Admitted | FirstToken
+PrefillEvent = Admitted | FirstToken | SequenceFailed
 
 
 class PrefillScheduler:
@@ -97,6 +104,12 @@ class PrefillScheduler:
         """The step is done: publish full blocks, and hold the prompts that are complete."""
         for part in batch.slices:
             state = self._computing[part.sequence_id]
+            error = result.errors.get(part.sequence_id)
+            if error is not None:
+                state.distrust(self.allocator)
+                self._held[part.sequence_id] = self._computing.pop(part.sequence_id)
+                self._events.append(SequenceFailed(part.sequence_id, error))
+                continue
             state.advance(len(part.tokens), self.allocator)
             if part.sampling is None:
                 continue

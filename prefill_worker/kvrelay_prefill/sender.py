@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvrelay_engine.cache.pool import KVPool
 from kvrelay_engine.sequence import SequenceSpec
 from kvrelay_protocol import fleet_pb2 as pb
-from kvrelay_protocol.errors import DeadlineExceeded, LeaseLost
+from kvrelay_protocol.errors import DeadlineExceeded, KvrelayError, LeaseLost
 from kvrelay_protocol.trace import TraceContext
 from kvrelay_transfer.frames import HEADER_SIZE, FrameHeader, FrameKind, seal
 from kvrelay_transfer.kit import TransferKit
@@ -72,6 +72,7 @@ class KvSender:
         self._bytes = 0
         self._messages = 0
         self._reported = False
+        self._failure: KvrelayError | None = None
 
     def admitted(self, blocks: tuple[int, ...], cached_blocks: int, trace: TraceContext) -> None:
         """The prompt has its blocks; the first ones hold valid KV, and so can be sent at once."""
@@ -105,10 +106,16 @@ class KvSender:
         self._lease.release()
         self._changed.set()
 
+    def fail(self, error: KvrelayError) -> None:
+        """The prompt can't be computed: `run` raises this, once nothing is being sent."""
+        self._failure = error
+        self.release()
+
     async def run(self) -> None:
         """Send what is ready, as it becomes ready, until released.
 
         Raises:
+            KvrelayError: what `fail` was given.
             PeerLost, TransferCancelled: the decode worker is gone or gave up.
             LeaseLost: everything was sent, and no release came within the lease time.
             DeadlineExceeded: the request's time is over, whatever this was waiting for.
@@ -129,6 +136,8 @@ class KvSender:
             if self._lease.state is SendState.SENT:
                 self._report()
             await self._wait()
+        if self._failure is not None:
+            raise self._failure
 
     async def _wait(self) -> None:
         limit = self._lease_s if self._lease.state is SendState.SENT else None

@@ -16,7 +16,7 @@ from kvrelay_engine.runtime.messages import (
     step_message,
     token_run,
 )
-from kvrelay_engine.sequence import SequenceSpec
+from kvrelay_engine.sequence import SequenceFailed, SequenceSpec
 from kvrelay_prefill.scheduler import Admitted, FirstToken, PrefillScheduler
 from kvrelay_prefill.sender import FirstOutput, KvSender, Sent
 from kvrelay_protocol import fleet_pb2 as pb
@@ -124,6 +124,8 @@ class PrefillWorker:
                     self._admitted(event)
                 case FirstToken():
                     runs += self._first_token(event)
+                case SequenceFailed():
+                    self._failed(event)
         if runs:
             self.host.send(step_message(runs))
 
@@ -140,17 +142,10 @@ class PrefillWorker:
         if spec.sequence_id in self._prompts:
             log.error("sequence %d was submitted twice; the second is ignored", spec.sequence_id)
             return
-        capacity = self.scheduler.allocator.num_blocks * self.scheduler.allocator.block_size
-        if len(spec.tokens) > min(capacity, self.host.engine.max_model_len):
-            self.host.send(
-                failure_message(
-                    spec.sequence_id,
-                    ContextOverflow(
-                        f"prompt of {len(spec.tokens)} tokens; this prefill worker holds "
-                        f"{min(capacity, self.host.engine.max_model_len)}",
-                    ),
-                ),
-            )
+        try:
+            self._check(spec)
+        except KvrelayError as error:
+            self.host.send(failure_message(spec.sequence_id, error))
             return
         sender = KvSender(
             spec,
@@ -164,6 +159,15 @@ class PrefillWorker:
         # A callback, since a task that is cancelled before its first turn runs nothing of its own.
         task.add_done_callback(lambda _: self._ended(prompt))
         self.host.post(lambda: self.scheduler.submit(spec))
+
+    def _check(self, spec: SequenceSpec) -> None:
+        engine = self.host.engine
+        spec.check(engine.runner.config.vocab_size)
+        if len(spec.tokens) > engine.max_model_len:
+            raise ContextOverflow(
+                f"prompt of {len(spec.tokens)} tokens; this prefill worker holds "
+                f"{engine.max_model_len}",
+            )
 
     def _ended(self, prompt: _Prompt) -> None:
         """The sender reads no block any more, however it ended: they are free."""
@@ -244,6 +248,11 @@ class PrefillWorker:
         else:
             prompt.sender.release()  # the answer is one token: nobody needs the KV
         return [token_run(event.sequence_id, prompt.spec.output_offset, event.token, event.finish)]
+
+    def _failed(self, event: SequenceFailed) -> None:
+        prompt = self._prompts.get(event.sequence_id)
+        if prompt is not None:
+            prompt.sender.fail(event.error)
 
     def _sent(self, sequence_id: int, sent: Sent) -> None:
         prompt = self._prompts[sequence_id]

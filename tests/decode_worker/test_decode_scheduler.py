@@ -12,7 +12,8 @@ from kvrelay_decode.scheduler import (
 )
 from kvrelay_engine.batch import StepResult
 from kvrelay_engine.cache.allocator import BlockAllocator
-from kvrelay_engine.sequence import FinishReason, SequenceSpec
+from kvrelay_engine.sequence import FinishReason, SequenceFailed, SequenceSpec
+from kvrelay_protocol.errors import InternalError
 from kvrelay_protocol.sampling import SamplingParams
 
 BLOCK = 4
@@ -187,5 +188,52 @@ def test_every_sequence_ends_with_each_token_once_however_small_the_pool(request
         if progress is None and not load.running and not load.waiting:
             break
     assert seen == {n: list(range(tokens)) for n, (_, tokens, _) in enumerate(requests)}
+    counts = scheduler.allocator.counts
+    assert counts.free + counts.cached == counts.total
+
+
+def test_a_sequence_without_a_token_fails_alone_and_its_blocks_are_forgotten():
+    scheduler = make_scheduler(batch=16)
+    scheduler.submit(spec(1, 6))
+    scheduler.submit(spec(2, 6, base=50))
+    step(scheduler)
+    scheduler.take_events()
+    error = InternalError("not finite")
+    scheduler.commit(scheduler.schedule(), StepResult({2: 9}, {1: error}))
+    assert scheduler.take_events() == [SequenceFailed(1, error), TokenSampled(2, 1, 9, None)]
+    scheduler.check_integrity()
+    counts = scheduler.allocator.counts
+    assert (counts.cached, counts.in_use) == (0, 2)
+    assert [s[0] for s in step(scheduler)] == [2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_leases_that_come_late_or_never_neither_block_nor_leak(data):
+    """Preemption beside pending leases: whatever the order, everybody ends once."""
+    scheduler = make_scheduler(blocks=data.draw(st.integers(6, 10)), batch=8)
+    waiting = {n: data.draw(st.integers(1, 10)) for n in range(6)}
+    for n, tokens in waiting.items():
+        enter = scheduler.reserve if data.draw(st.booleans()) else scheduler.submit
+        enter(spec(n, data.draw(st.integers(1, 12)), max_tokens=tokens + 1, base=100 * n))
+    leases, ended = [], []
+    for _ in range(600):
+        step(scheduler)
+        for event in scheduler.take_events():
+            if isinstance(event, Reserved):
+                leases.append(event.sequence_id)
+            elif isinstance(event, TokenSampled) and event.finish:
+                ended.append(event.sequence_id)
+        if leases and data.draw(st.booleans()):
+            sequence_id = leases.pop(data.draw(st.integers(0, len(leases) - 1)))
+            if data.draw(st.booleans()):
+                scheduler.start(sequence_id, 7)
+            else:
+                scheduler.abort(sequence_id)
+                ended.append(sequence_id)
+        if len(ended) == len(waiting):
+            break
+    assert sorted(ended) == sorted(waiting)
+    assert step(scheduler) is None
     counts = scheduler.allocator.counts
     assert counts.free + counts.cached == counts.total

@@ -4,6 +4,8 @@ import asyncio
 
 import pytest
 from bare_worker import (
+    TOKEN,
+    VOCABULARY,
     Bench,
     bench,
     cancel,
@@ -16,7 +18,9 @@ from bare_worker import (
 )
 
 from kvrelay_decode.worker import DecodeWorker
+from kvrelay_engine.batch import StepResult
 from kvrelay_prefill.worker import PrefillWorker
+from kvrelay_protocol.errors import InternalError
 
 
 @pytest.fixture
@@ -233,3 +237,34 @@ async def test_a_hand_over_that_left_blocks_out_is_never_decoded(prefill, decode
     (failed,) = decode.host.named("sequence_failed")
     assert failed.error.code == "corrupt_frame"
     assert decode.turn() is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "text"),
+    [
+        ({"tokens": []}, "invalid_value", "0 prompt tokens"),
+        ({"max_tokens": 0}, "invalid_value", "0 to generate"),
+        ({"tokens": [1, VOCABULARY]}, "invalid_value", "token 100 is outside"),
+        ({"tokens": [1] * 65}, "context_length_exceeded", "worker holds 64"),
+    ],
+)
+async def test_what_no_step_could_compute_is_refused_and_the_worker_goes_on(
+    decode, fields, code, text
+):
+    decode.worker.handle(submit_decode(1, **fields))
+    (failed,) = decode.host.named("sequence_failed")
+    assert failed.error.code == code
+    assert text in failed.error.message
+    assert decode.turn() is None
+    decode.worker.handle(submit_decode(2))
+    decode.turn()
+    assert decode.worker.open_sequences == 1
+
+
+async def test_a_sequence_the_engine_gives_up_fails_alone(decode):
+    for n in (1, 2):
+        decode.worker.handle(submit_decode(n, expect_kv=False))
+    decode.turn(lambda _: StepResult({2: TOKEN}, {1: InternalError("not finite")}))
+    (failed,) = decode.host.named("sequence_failed")
+    assert (failed.sequence_id, failed.error.code) == (1, "internal_error")
+    assert [s.sequence_id for s in decode.turn().slices] == [2]

@@ -91,6 +91,22 @@ def test_leased_blocks_become_used_only_when_activated():
         allocator.release(lease.blocks)
 
 
+def test_forgotten_blocks_serve_their_users_and_are_found_by_nobody_else():
+    allocator = BlockAllocator(4, BLOCK)
+    hashes = _hashes(range(8))
+    first = allocator.allocate(2)
+    _publish_all(allocator, first, hashes)
+    second = allocator.allocate(2, prefix=hashes)
+    allocator.forget(first.blocks)
+    assert allocator.match(hashes) == 0
+    allocator.release(first.blocks)
+    assert allocator.counts == BlockCounts(free=2, cached=0, leased=0, in_use=2)
+    allocator.release(second.blocks)
+    assert allocator.counts.free == 4
+    with pytest.raises(IntegrityError, match="nobody uses it"):
+        allocator.forget(first.blocks)
+
+
 def test_an_inconsistency_is_noticed():
     allocator = BlockAllocator(2, BLOCK)
     allocator._free.pop()
@@ -133,6 +149,14 @@ class AllocatorMachine(RuleBasedStateMachine):
         block = self.allocator.extend()
         if block is not None:
             data.draw(st.sampled_from(self.held))[1].append(block)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def forget(self, data):
+        _allocation, blocks, _hashes, leased = data.draw(st.sampled_from(self.held))
+        if leased:
+            self.allocator.activate(blocks)
+        self.allocator.forget(blocks)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

@@ -4,8 +4,9 @@ import pytest
 
 from kvrelay_engine.batch import StepResult
 from kvrelay_engine.cache.allocator import BlockAllocator
-from kvrelay_engine.sequence import FinishReason, SequenceSpec
+from kvrelay_engine.sequence import FinishReason, SequenceFailed, SequenceSpec
 from kvrelay_prefill.scheduler import Admitted, FirstToken, PrefillScheduler
+from kvrelay_protocol.errors import InternalError
 from kvrelay_protocol.sampling import SamplingParams
 
 BLOCK = 4
@@ -133,3 +134,21 @@ def test_the_batch_is_bounded_in_sequences():
         scheduler.submit(spec(n, 2, base=10 * n))
     assert len(step(scheduler)) == 2
     assert len(step(scheduler)) == 2
+
+
+def test_a_prompt_without_a_token_fails_alone_and_none_of_its_kv_is_found_again():
+    scheduler = make_scheduler(batch=8)
+    scheduler.submit(spec(1, 10))
+    step(scheduler)
+    scheduler.submit(spec(2, 3, base=50))
+    batch, error = scheduler.schedule(), InternalError("not finite")
+    scheduler.commit(batch, StepResult({2: 9}, {1: error}))
+    events = scheduler.take_events()
+    assert SequenceFailed(1, error) in events
+    assert FirstToken(2, 9, None) in events
+    assert scheduler.allocator.counts.in_use == 4, "a gather may read its blocks until the release"
+    scheduler.release(1)
+    scheduler.release(2)
+    assert scheduler.allocator.counts.free == scheduler.allocator.counts.total
+    scheduler.submit(spec(3, 10))
+    assert step(scheduler) == [(3, 0, 8, False)]

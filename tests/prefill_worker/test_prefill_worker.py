@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from bare_worker import (
     TOKEN,
+    VOCABULARY,
     bench,
     cancel,
     open_transfer,
@@ -14,8 +15,10 @@ from bare_worker import (
     until,
 )
 
+from kvrelay_engine.batch import StepResult
 from kvrelay_prefill.worker import PrefillWorker
 from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import InternalError
 
 
 @pytest.fixture
@@ -147,3 +150,37 @@ async def test_a_prompt_that_waits_for_blocks_ends_at_its_deadline(prefill):
     assert [f.sequence_id for f in prefill.host.named("sequence_failed")] == [2]
     prefill.turn()
     assert prefill.scheduler.load().waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "text"),
+    [
+        ({"tokens": []}, "invalid_value", "0 prompt tokens"),
+        ({"max_tokens": 0}, "invalid_value", "0 to generate"),
+        ({"tokens": [1, VOCABULARY]}, "invalid_value", "token 100 is outside"),
+        ({"tokens": [1] * 65}, "context_length_exceeded", "worker holds 64"),
+    ],
+)
+async def test_what_no_step_could_compute_is_refused_and_the_worker_goes_on(
+    prefill, fields, code, text
+):
+    prefill.worker.handle(submit_prefill(1, **fields))
+    (failed,) = prefill.host.named("sequence_failed")
+    assert failed.error.code == code
+    assert text in failed.error.message
+    assert prefill.turn() is None
+    prefill.worker.handle(submit_prefill(2))
+    prefill.turn()
+    assert prefill.worker.open_sequences == 1
+
+
+async def test_a_sequence_the_engine_gives_up_fails_alone(prefill):
+    prefill.worker.handle(submit_prefill(1))
+    prefill.worker.handle(submit_prefill(2))
+    prefill.turn(lambda _: StepResult({2: TOKEN}, {1: InternalError("not finite")}))
+    await until(lambda: prefill.host.named("sequence_failed"))
+    (failed,) = prefill.host.named("sequence_failed")
+    assert (failed.sequence_id, failed.error.code) == (1, "internal_error")
+    assert prefill.worker.open_sequences == 1
+    prefill.turn()
+    assert prefill.scheduler.load().used_blocks == 2, "those of the other one"

@@ -148,6 +148,16 @@ class BlockAllocator:
             self._hash[block] = block_hash
             self._by_hash[block_hash] = block
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Take blocks in use out of the prefix index; they will be free, not cached, when released."""
+        for block in blocks:
+            if self._state[block] is not BlockState.IN_USE:
+                raise IntegrityError(f"block {block} is {self._state[block].name}, nobody uses it")
+            block_hash = self._hash[block]
+            if block_hash is not None:
+                del self._by_hash[block_hash]
+                self._hash[block] = None
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give up one reference to each block; the last blocks are evicted first later on."""
         for block in reversed(blocks):

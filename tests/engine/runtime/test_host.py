@@ -15,6 +15,8 @@ from kvrelay_protocol.errors import StartupError, WorkerStartFailed
 
 NOTHING = LoadSnapshot(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 BATCH = Batch((SequenceSlice(1, (5,), 0, (0,), None),))
+LAST_WORDS = 300
+"""Of the last sequence: more than fit into one write."""
 
 
 class Worker:
@@ -37,7 +39,8 @@ class Worker:
         self.open += 1
 
     def finish(self):
-        self.host.send(pb.WorkerMessage(step_output=pb.StepOutput()))
+        for _ in range(LAST_WORDS):
+            self.host.send(pb.WorkerMessage(step_output=pb.StepOutput()))
         self._end(self.open - 1)
 
     def drop_all(self, reason):
@@ -117,7 +120,7 @@ async def test_a_drain_says_so_finishes_what_runs_and_delivers_the_last_word(
     assert not process.task.done()
     process.worker.finish()
     await process.ended()
-    assert router.sessions[0].kinds() == ["hello", "drained", "step_output"]
+    assert router.sessions[0].kinds() == ["hello", "drained", *["step_output"] * LAST_WORDS]
     assert len(router.sessions) == 1
 
 
