@@ -139,6 +139,8 @@ class Supervisor:
         self._done = threading.Event()
         self._began = time.monotonic()
         self._waiting_since = self._began
+        self._interactive = True
+        """Ctrl-C reaches us, and not a program that stops its own stack when it has no requests."""
 
     def run(self, *, handle_signals: bool) -> bool:
         """Start everything, stay until the last child is gone.
@@ -149,6 +151,7 @@ class Supervisor:
         Raises:
             WorkerStartFailed: a child ended before it was ready for the first time.
         """
+        self._interactive = handle_signals
         previous = self._install_signals() if handle_signals else {}
         watcher = threading.Thread(target=self._watch, name="health", daemon=True)
         try:
@@ -275,7 +278,7 @@ class Supervisor:
                     names = f"all {len(fleet.workers)}"
                 self._console.phase("workers", f"{names} ready", seconds=now - self._began)
                 self._on_ready()
-            case Phase.DRAINING:
+            case Phase.DRAINING if self._interactive:
                 self._console.line(
                     f"  draining: open requests have {fleet.drain_grace_s:.0f} s; "
                     "Ctrl-C again stops at once"
