@@ -110,6 +110,7 @@ class KvReceiver:
             finally:
                 # Confirmed before the staging buffer goes back and the caller frees the blocks.
                 await to_the_end(receive.cancel())
+                self._kit.transport.end(self._tag)
 
     async def _turn(self, receive: Receive, buffer: memoryview) -> Received | None:
         frame: Frame | None = None

@@ -19,6 +19,7 @@ KvrelayError
 │   ├── WorkerLost                  503 worker_lost
 │   ├── DeadlineExceeded            504 deadline_exceeded
 │   ├── LeaseLost                   503 lease_lost
+│   ├── EngineFailed                500 engine_failed (ends the worker process, exit code 11)
 │   └── InternalError               500 internal_error
 ├── TransferError                   KV did not arrive; the request is replayed or recomputed
 │   ├── PeerLost, TransferCancelled, CorruptFrame, StaleFrame
@@ -178,6 +179,14 @@ class DeadlineExceeded(ServiceError):
 
     code = "deadline_exceeded"
     http_status = 504
+
+
+class EngineFailed(ServiceError):
+    """A worker's engine loop ended by a defect; the process ends with it and is started again."""
+
+    code = "engine_failed"
+    http_status = 500
+    exit_code = 11
 
 
 class InternalError(ServiceError):

@@ -76,7 +76,7 @@ async def serve(config: RouterConfig, stop: StopSignals | None = None) -> None:
         with _phase("tokenizer"):
             model = load_served_model(config.model_dir, config.model_name)
         registry = CollectorRegistry()
-        telemetry = Telemetry("router", instance=f"{socket.gethostname()}:{os.getpid()}")
+        telemetry = Telemetry("kvrelay-router", instance=f"{socket.gethostname()}:{os.getpid()}")
         core = RouterCore(config, telemetry, metrics_registry=registry)
         try:
             with _phase("listen for workers"):

@@ -267,6 +267,34 @@ async def test_messages_nobody_waits_for_are_bounded(pair: Pair):
     await soon(asyncio.gather(*sends[:8]))
 
 
+async def test_late_messages_of_transfers_that_ended_do_not_fill_the_waiting_room(pair: Pair):
+    a, b = pair
+    b._mailbox.max_waiting = 8
+    for tag in range(100, 140):
+        receive = b.receive(tag, bytearray(10_000))
+        assert await receive.cancel()
+        if tag % 2:
+            await soon(a.send(b.address, tag, b"a record that was on its way"))
+        b.end(tag)
+        await soon(a.send(b.address, tag, b"late"))
+        with pytest.raises(TransferCancelled, match="over"):
+            await soon(a.send(b.address, tag, bytes(10_000)))
+    await turns()
+    assert b._mailbox.waiting_count == 0
+    assert b.stats.late >= 80
+    assert b.stats.refused == 0
+    receive = b.receive(7, bytearray(10_000))
+    await soon(a.send(b.address, 7, bytes(10_000)))
+    assert await soon(receive.wait()) == 10_000
+
+
+async def test_ended_tags_are_remembered_within_bounds(pair: Pair):
+    _, b = pair
+    for tag in range(10_000):
+        b.end(tag)
+    assert len(b._mailbox.over) == 8192
+
+
 async def test_a_waiting_message_of_a_lost_peer_is_forgotten(pair: Pair):
     a, b = pair
     sending = asyncio.create_task(a.send(b.address, 1, bytes(MIB)))

@@ -203,8 +203,19 @@ class InprocTransport(KVTransport):
             self._begin(message, receive)
         return receive
 
+    def end(self, tag: int) -> None:
+        for message in self._mailbox.end(tag):
+            self._refuse_late(message)
+
+    def _refuse_late(self, message: _Message) -> None:
+        self.stats.late += 1
+        message.settle(TransferCancelled("refused: the transfer is over"))
+
     def accept(self, message: _Message) -> None:
         """A message of another transport arrives here."""
+        if message.tag in self._mailbox.over:
+            self._refuse_late(message)
+            return
         if self._mailbox.full and message.tag not in self._mailbox.posted:
             self.stats.refused += 1
             message.settle(

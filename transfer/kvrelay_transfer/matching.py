@@ -18,7 +18,7 @@ while MATCHED, to nobody when DONE.
 import asyncio
 import contextlib
 import enum
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -28,6 +28,10 @@ from kvrelay_protocol.errors import KvrelayError, TransferCancelled
 from .transport import Receive
 
 ArrivalT = TypeVar("ArrivalT", bound="Arrival")
+
+
+REMEMBERED_TAGS = 8192
+"""Late messages come within a round trip or two of their transfer's end."""
 
 
 class State(enum.Enum):
@@ -120,6 +124,8 @@ class Mailbox(Generic[ArrivalT]):
     posted: dict[int, deque[PendingReceive]] = field(default_factory=dict)
     waiting: dict[int, deque[ArrivalT]] = field(default_factory=dict)
     waiting_count: int = 0
+    over: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    """Tags of the latest transfers that ended: what still comes for them is late, and not kept."""
 
     def post(self, receive: PendingReceive) -> ArrivalT | None:
         """Post a receive, or return the waiting message it takes."""
@@ -166,6 +172,15 @@ class Mailbox(Generic[ArrivalT]):
         queue.remove(receive)
         if not queue:
             del self.posted[receive.tag]
+
+    def end(self, tag: int) -> list[ArrivalT]:
+        """No receive will be posted for this tag again; returns the messages that waited for one."""
+        self.over[tag] = None
+        if len(self.over) > REMEMBERED_TAGS:
+            self.over.popitem(last=False)
+        late = list(self.waiting.pop(tag, ()))
+        self.waiting_count -= len(late)
+        return late
 
     def discard(self, unwanted: Callable[[ArrivalT], bool]) -> None:
         """Forget waiting messages, such as those of a peer that is gone."""

@@ -48,6 +48,8 @@ class TransportStats:
     cancelled: int = 0
     refused: int = 0
     """Messages nobody had posted a receive for, turned away because the waiting room was full."""
+    late: int = 0
+    """Messages for transfers that had ended, turned away."""
 
 
 class Receive(ABC):
@@ -126,6 +128,12 @@ class KVTransport(ABC):
     @abstractmethod
     def receive(self, tag: int, buffer: Buffer) -> Receive:
         """Post a receive at once; it takes the first message with this tag."""
+
+    @abstractmethod
+    def end(self, tag: int) -> None:
+        """No receive will be posted for this tag again: messages that wait for one, or still come, are
+        turned away. Without this the late messages of cancelled transfers would fill the waiting room.
+        """
 
     @abstractmethod
     def transport_of(self, peer: bytes) -> str:

@@ -355,8 +355,20 @@ class UcxTransport(KVTransport):
         finally:
             grace.cancel()
 
+    def end(self, tag: int) -> None:
+        for announced in self._mailbox.end(tag):
+            self._refuse_late(announced)
+
+    def _refuse_late(self, announced: _Announced) -> None:
+        self.stats.late += 1
+        if announced.peer.lost is None:
+            self._refuse(announced, "refused: the transfer is over")
+
     def _arrived(self, announced: _Announced) -> None:
         """A message was announced: match it, keep it, or turn it away."""
+        if announced.tag in self._mailbox.over:
+            self._refuse_late(announced)
+            return
         if self._mailbox.full and announced.tag not in self._mailbox.posted:
             self.stats.refused += 1
             limit = self._mailbox.max_waiting

@@ -16,7 +16,7 @@ from kvrelay_engine.runtime.messages import load_message
 from kvrelay_engine.runtime.startup import Engine, Phases
 from kvrelay_engine.runtime.step_loop import Scheduler, StepLoop
 from kvrelay_protocol import fleet_pb2 as pb
-from kvrelay_protocol.errors import WorkerStartFailed
+from kvrelay_protocol.errors import EngineFailed
 from kvrelay_protocol.versions import JOIN_VERSION
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class WorkerHost:
     _worker: Worker | None = None
     _advertisement: Advertisement | None = None
     _shutdown: asyncio.Event | None = None
+    _joined_before: bool = False
     _link: JoinLink | None = None
     _loop: StepLoop | None = None
 
@@ -103,7 +104,7 @@ class WorkerHost:
 
         Raises:
             StartupError: the router refused this worker.
-            WorkerStartFailed: the engine loop failed; its log has the reason.
+            EngineFailed: the engine loop failed; its log has the reason.
         """
         running = asyncio.get_running_loop()
         failed: asyncio.Future[BaseException] = running.create_future()
@@ -177,7 +178,9 @@ class WorkerHost:
             self._worker.drop_all("the router is gone")
 
     def _announce(self) -> None:
-        self.phases.line(f"joined {self.config.router} after {self.phases.elapsed:.2f} s")
+        after = "again" if self._joined_before else f"after {self.phases.elapsed:.2f} s"
+        self._joined_before = True
+        self.phases.line(f"joined {self.config.router} {after}")
         if self._shutdown is not None and self._shutdown.is_set():
             self._say_drained()  # to a router that started while this worker drains
 
@@ -200,7 +203,7 @@ async def _unless_broken(
 
     Raises:
         StartupError: the router refused this worker.
-        WorkerStartFailed: the engine loop failed.
+        EngineFailed: the engine loop failed.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -209,6 +212,6 @@ async def _unless_broken(
     finally:
         task.cancel()
     if failed.done():
-        raise WorkerStartFailed(f"the engine loop failed: {failed.result()!r}")
+        raise EngineFailed(f"the engine loop failed: {failed.result()!r}")
     if joined.done():
         await joined

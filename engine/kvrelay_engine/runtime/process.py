@@ -32,7 +32,7 @@ def run_process(
         started = start()
         asyncio.run(_with_signals(lambda shutdown: serve(started, shutdown)))
     except KvrelayError as error:
-        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        print(f"kvrelay: {error.message}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

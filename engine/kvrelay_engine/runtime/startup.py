@@ -1,12 +1,12 @@
 """From settings to a ready engine, phase by phase, each with its seconds."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.runtime.config import WorkerConfig
@@ -30,7 +30,7 @@ class Phases:
     @classmethod
     def of_process(cls) -> "Phases":
         """Counted from the start of this process, whose imports are its first phase."""
-        running = time.time() - psutil.Process().create_time()
+        running = _process_age_s()
         phases = cls(begun=time.monotonic() - running)
         phases.line(f"{'python, torch':<18} {running:6.2f} s")
         return phases
@@ -48,6 +48,13 @@ class Phases:
     def elapsed(self) -> float:
         """Seconds since start-up began."""
         return time.monotonic() - self._begun
+
+
+def _process_age_s() -> float:
+    """Seconds since the kernel started this process (proc(5): field 22 of stat, ticks since boot)."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 class LoadProgress:

@@ -11,7 +11,7 @@ from kvrelay_engine.runtime.host import Advertisement, WorkerHost
 from kvrelay_engine.runtime.startup import Phases
 from kvrelay_engine.runtime.step_loop import LoadSnapshot
 from kvrelay_protocol import fleet_pb2 as pb
-from kvrelay_protocol.errors import StartupError, WorkerStartFailed
+from kvrelay_protocol.errors import EngineFailed, StartupError
 
 NOTHING = LoadSnapshot(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 BATCH = Batch((SequenceSlice(1, (5,), 0, (0,), None),))
@@ -189,7 +189,7 @@ async def test_an_engine_that_fails_ends_the_process_with_its_reason(
         process.shutdown.set()
         await until(lambda: "drained" in router.sessions[0].kinds())
     process.host.post(lambda: process.scheduler.work.append(BATCH))
-    with pytest.raises(WorkerStartFailed, match=r"engine loop failed.*a defect"):
+    with pytest.raises(EngineFailed, match=r"engine loop failed.*a defect"):
         await process.ended()
     assert process.worker.open == 0
 

@@ -14,10 +14,10 @@ from kvrelay_engine.runtime.process import INTERRUPTED, run_process
 from kvrelay_engine.runtime.startup import LoadProgress, Phases, start_engine
 from kvrelay_protocol.errors import (
     DeviceUnavailable,
+    EngineFailed,
     InvalidModel,
     KvrelayError,
     NotEnoughMemory,
-    WorkerStartFailed,
 )
 
 
@@ -40,7 +40,7 @@ def test_what_started_is_served_and_a_clean_end_is_zero():
 
 
 @pytest.mark.parametrize(
-    "error", [NotEnoughMemory("too big"), WorkerStartFailed("the engine loop failed: x")]
+    "error", [NotEnoughMemory("too big"), EngineFailed("the engine loop failed: x")]
 )
 @pytest.mark.parametrize("when", ["start", "serve"])
 def test_a_typed_error_is_one_line_and_its_exit_code(capsys, error, when):
@@ -53,7 +53,7 @@ def test_a_typed_error_is_one_line_and_its_exit_code(capsys, error, when):
         else run_process(lambda: None, serve)
     )
     assert code == error.exit_code
-    assert capsys.readouterr().err == f"error: {error.message}\n"
+    assert capsys.readouterr().err == f"kvrelay: {error.message}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
