@@ -34,7 +34,8 @@ class WorkerConfig:
     """Intra-op threads of the engine; 0 leaves torch's choice within the cgroup's cores."""
     staging_bytes: int = 4 * 1024 * 1024
     """One staging buffer, and with it the largest transfer message."""
-    staging_buffers: int = 8
+    staging_buffers: int = 32
+    """Transfers that can be under way at once; their memory is touched as it is used."""
     lease_s: float = 10.0
     heartbeat_s: float = 0.5
     drain_grace_s: float = 30.0
