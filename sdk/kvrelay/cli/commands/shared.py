@@ -103,7 +103,7 @@ TRANSFER = (
     Flag("--transport", "how KV blocks travel", choice("ucx"), "ucx", "transfer", "NAME"),
     Flag("--staging", "one staging buffer, the largest message", size(64 * 1024), 4 * MiB,
          "transfer", "SIZE"),
-    Flag("--staging-buffers", "staging buffers per worker", integer(2), 8, "transfer", "N"),
+    Flag("--staging-buffers", "staging buffers per worker", integer(2), 32, "transfer", "N"),
 )  # fmt: skip
 
 POOLS = (
