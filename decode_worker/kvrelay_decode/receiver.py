@@ -36,9 +36,9 @@ class Received:
     bytes: int
     messages: int
     seconds: float
-    """First message to the verified record."""
+    """Sending, summed over the messages; what was computed between them does not count."""
     exposed_seconds: float
-    """From the sender's stamp in the record to here: transfer the prefill did not hide."""
+    """From the computed prompt to here: transfer the prefill did not hide. Two hosts' clocks."""
     first_ns: int
     """Wall clock of the first message, nanoseconds since the epoch."""
 
@@ -208,7 +208,7 @@ class KvReceiver:
             prefill_trace=frame.header.trace,
             bytes=self._bytes,
             messages=self._messages,
-            seconds=time.monotonic() - self._first,
-            exposed_seconds=max(0.0, time.time() - handover.sent_at),
+            seconds=handover.send_seconds,
+            exposed_seconds=max(0.0, time.time() - handover.computed_at),
             first_ns=self._first_ns,
         )

@@ -33,7 +33,7 @@ class FirstOutput:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A whole transfer, as the sender saw it. Seconds from the first gather to the last send."""
+    """A whole transfer, as the sender saw it. Seconds of sending, summed over the messages."""
 
     bytes: int
     messages: int
@@ -68,7 +68,8 @@ class KvSender:
         self._trace: TraceContext | None = None
         self._changed = asyncio.Event()
         self._deadline = time.monotonic() + spec.deadline_s
-        self._started: float | None = None
+        self._computed_at = 0.0
+        self._send_s = 0.0
         self._bytes = 0
         self._messages = 0
         self._reported = False
@@ -89,6 +90,7 @@ class KvSender:
     def computed(self, output: FirstOutput) -> None:
         """The whole prompt is written and its first token sampled."""
         self._output = output
+        self._computed_at = time.time()
         self._lease.computed()
         self._changed.set()
 
@@ -152,9 +154,10 @@ class KvSender:
         lease = self._lease.lease
         assert lease is not None  # noqa: S101 - `next` gives messages of open leases only
         with await self._kit.staging.acquire() as staging:
-            self._started = self._started or time.monotonic()
             frame = await self._kit.copy(self._fill, staging.view, message, lease)
+            begun = time.monotonic()
             await self._kit.transport.send(lease.address, lease.tag, frame)
+            self._send_s += time.monotonic() - begun
             self._bytes += len(frame)
             self._messages += 1
 
@@ -204,8 +207,9 @@ class KvSender:
             first_token=self._output.token,
             first_token_index=self._spec.output_offset,
             prompt_tokens=len(self._spec.tokens),
-            sent_at=time.time(),
+            computed_at=self._computed_at,
             cached_tokens=self._output.cached_tokens,
+            send_seconds=self._send_s,
             transport=self._kit.transport.transport_of(lease.address),
         ).SerializeToString()
         buffer[HEADER_SIZE : HEADER_SIZE + len(record)] = record
@@ -221,14 +225,14 @@ class KvSender:
         return seal(buffer, header, len(record))
 
     def _report(self) -> None:
-        if self._reported or self._lease.lease is None or self._started is None:
+        if self._reported or self._lease.lease is None:
             return
         self._reported = True
         self._on_sent(
             Sent(
                 bytes=self._bytes,
                 messages=self._messages,
-                seconds=time.monotonic() - self._started,
+                seconds=self._send_s,
                 transport=self._kit.transport.transport_of(self._lease.lease.address),
             ),
         )

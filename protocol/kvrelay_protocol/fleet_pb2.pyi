@@ -382,17 +382,19 @@ class Drain(_message.Message):
     def __init__(self, grace_seconds: _Optional[float] = ...) -> None: ...
 
 class Handover(_message.Message):
-    __slots__ = ("first_token", "first_token_index", "prompt_tokens", "sent_at", "cached_tokens", "transport")
+    __slots__ = ("first_token", "first_token_index", "prompt_tokens", "computed_at", "cached_tokens", "transport", "send_seconds")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_INDEX_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    SENT_AT_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_AT_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    SEND_SECONDS_FIELD_NUMBER: _ClassVar[int]
     first_token: int
     first_token_index: int
     prompt_tokens: int
-    sent_at: float
+    computed_at: float
     cached_tokens: int
     transport: str
-    def __init__(self, first_token: _Optional[int] = ..., first_token_index: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sent_at: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    send_seconds: float
+    def __init__(self, first_token: _Optional[int] = ..., first_token_index: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., computed_at: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., transport: _Optional[str] = ..., send_seconds: _Optional[float] = ...) -> None: ...

@@ -76,7 +76,7 @@ class RouterMetrics:
         self.kv_bytes = counter("kv_transfer_bytes", "KV bytes received by decode workers.")
         self.kv_time = histogram(
             "kv_transfer_seconds",
-            "First to last KV message of a prompt.",
+            "Sending the KV of a prompt, summed over its messages.",
             _TRANSFER_S,
         )
         self.path = counter("path", "Attempts by path and why it was taken.", ("path", "reason"))
