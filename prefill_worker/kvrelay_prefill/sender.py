@@ -97,6 +97,7 @@ class KvSender:
     def open(self, lease: OpenLease) -> None:
         """The decode worker granted its lease and has posted the first receive."""
         self._lease.open(lease)
+        self._kit.transport.connect(lease.address)
         self._changed.set()
 
     def resend(self, numbers: list[int]) -> None:

@@ -64,6 +64,20 @@ def test_the_card_says_what_happened(server, capsys):
     ]
 
 
+def test_a_small_transfer_is_shown_by_its_time_not_as_a_rate():
+    timings = Timings(kv_bytes=98_304, kv_transport="tcp/lo", kv_gbps=0.03, kv_transfer_ms=3.21)
+    lines = card(Reply("", timings, None, None, False)).splitlines()
+    assert "  KV moved  96 KiB over tcp/lo in 3.2 ms" in lines
+
+
+def test_the_link_of_the_demo_is_really_probed():
+    from kvrelay.cli.demo import _probe_link
+
+    assert re.fullmatch(
+        r"tcp/\w+ reaches \d+\.\d\d GB/s with messages of 8 MiB \(probed\)", _probe_link()
+    )
+
+
 def test_the_card_of_a_local_request_moves_no_kv():
     reply = Reply("", Timings(path="local", decode_worker="d", replays=1), None, None, False)
     assert card(reply).splitlines() == [
@@ -233,6 +247,7 @@ def ready_stack(monkeypatch, server):
         ),
     )
     monkeypatch.setattr(demo, "exit_on_sigterm", lambda: None)
+    monkeypatch.setattr(demo, "_probe_link", lambda: "tcp/lo reaches 2.00 GB/s")
     return seen
 
 
@@ -243,6 +258,7 @@ def test_the_demo_asks_once_and_ends_when_not_on_a_terminal(ready_stack, server,
     assert "> What does os.path.join do?" in out
     assert "Joins paths." in out
     assert "KV moved  1.5 MiB over tcp/lo at 0.50 GB/s" in out
+    assert "link      tcp/lo reaches 2.00 GB/s" in out
     (chat,) = server.chats()
     assert chat.json["temperature"] == 0
     (values,) = ready_stack

@@ -267,6 +267,16 @@ async def test_messages_nobody_waits_for_are_bounded(pair: Pair):
     await soon(asyncio.gather(*sends[:8]))
 
 
+async def test_connecting_ahead_of_the_first_message_changes_nothing_else(pair: Pair):
+    a, b = pair
+    a.connect(b.address)
+    a.connect(b.address)
+    await turns()
+    receive = b.receive(3, bytearray(20_000))
+    await soon(a.send(b.address, 3, bytes(20_000)))
+    assert await soon(receive.wait()) == 20_000
+
+
 async def test_late_messages_of_transfers_that_ended_do_not_fill_the_waiting_room(pair: Pair):
     a, b = pair
     b._mailbox.max_waiting = 8

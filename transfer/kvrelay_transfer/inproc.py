@@ -132,6 +132,9 @@ class InprocTransport(KVTransport):
 
     # -- sending
 
+    def connect(self, peer: bytes) -> None:
+        """Nothing to do: a peer of this process is a look-up away."""
+
     async def send(self, peer: bytes, tag: int, buffer: Buffer) -> None:
         data = readable_bytes(buffer)
         faults = self._faults.take(tag)

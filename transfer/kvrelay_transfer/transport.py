@@ -113,6 +113,12 @@ class KVTransport(ABC):
         """
 
     @abstractmethod
+    def connect(self, peer: bytes) -> None:
+        """Begin to connect, so that the first message finds the way open. Never waits; a peer that
+        can't be reached is reported by `send`.
+        """
+
+    @abstractmethod
     async def send(self, peer: bytes, tag: int, buffer: Buffer) -> None:
         """Send one message; return when `buffer` may be reused.
 

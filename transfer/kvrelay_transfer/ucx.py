@@ -222,6 +222,10 @@ class UcxTransport(KVTransport):
 
     # -- sending
 
+    def connect(self, peer: bytes) -> None:
+        with contextlib.suppress(KvrelayError):
+            self._reach(peer)
+
     async def send(self, peer: bytes, tag: int, buffer: Buffer) -> None:
         data = readable_bytes(buffer)
         remote = self._reach(peer)

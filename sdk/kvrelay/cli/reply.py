@@ -21,6 +21,9 @@ from kvrelay import (
 )
 from kvrelay.cli.units import format_size
 
+_RATED_BYTES = 1024 * 1024
+"""Below this a transfer's time is set-up and round trips, and a rate would say nothing of the link."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -65,8 +68,12 @@ def stream_reply(
     return Reply(text, timings, usage, trace_id, stopped)
 
 
-def card(reply: Reply) -> str:
-    """What happened to one request, a line each; what nobody measured is left out."""
+def card(reply: Reply, link: str | None = None) -> str:
+    """What happened to one request, a line each; what nobody measured is left out.
+
+    Args:
+        link: what the transport reaches with large messages, where it was probed.
+    """
     timings, usage = reply.timings, reply.usage
     lines = [("path", _path(timings))]
     if timings.client_ttft_ms is not None:
@@ -76,6 +83,8 @@ def card(reply: Reply) -> str:
         lines.append(("speed", f"{timings.tokens_per_s:.1f} tokens/s{count}"))
     if timings.kv_bytes:
         lines.append(("KV moved", _moved(timings)))
+    if link is not None:
+        lines.append(("link", link))
     cached = timings.cached_tokens
     if cached is None and usage is not None:
         cached = usage.cached_tokens
@@ -99,8 +108,10 @@ def _path(timings: Timings) -> str:
 def _moved(timings: Timings) -> str:
     moved = format_size(timings.kv_bytes or 0)
     over = f" over {timings.kv_transport}" if timings.kv_transport else ""
-    speed = f" at {timings.kv_gbps:.2f} GB/s" if timings.kv_gbps is not None else ""
-    return f"{moved}{over}{speed}"
+    if timings.kv_gbps is not None and (timings.kv_bytes or 0) >= _RATED_BYTES:
+        return f"{moved}{over} at {timings.kv_gbps:.2f} GB/s"
+    took = f" in {timings.kv_transfer_ms:.1f} ms" if timings.kv_transfer_ms is not None else ""
+    return f"{moved}{over}{took}"
 
 
 def describe_error(error: KvrelayClientError) -> str:
