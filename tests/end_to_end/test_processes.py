@@ -1,7 +1,10 @@
 """What a user sees of `kvrelay up`: answers, killed workers, lost clients, one trace per request."""
 
+import asyncio
+import contextlib
 import functools
 import json
+import random
 import signal
 import threading
 import time
@@ -15,7 +18,7 @@ from server_process import Server, TraceSink, running_server
 from tiny_models import reference_generate, tiny_model
 from tokenizers import Tokenizer
 
-from kvrelay import Client, Finished, KvrelayClientError, TextDelta
+from kvrelay import AsyncClient, Client, Finished, KvrelayClientError, TextDelta
 
 MODEL = "tiny"
 LONG = 400
@@ -49,13 +52,14 @@ def client(server):
 
 
 @functools.cache
-def expected_text(max_tokens: int) -> tuple[list[int], str]:
+def expected_text(max_tokens: int, question: str = QUESTION[0]["content"]) -> tuple[list[int], str]:
     """Prompt tokens and the text transformers would answer."""
     folder = tiny_model("llama3")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     (tokens,) = reference_generate(folder, [prompt], max_tokens)
     return prompt, Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens)
 
@@ -114,6 +118,32 @@ def test_a_client_that_leaves_frees_both_pools(server, stream):
     begun = time.monotonic()
     server.wait_idle()
     assert time.monotonic() - begun < 3
+
+
+async def test_64_streams_over_http_half_of_them_left_at_random_points(server):
+    rng = random.Random(3)
+    questions = [f"{n} " + "the other one " * rng.choice([0, 1, 5, 12, 30]) for n in range(64)]
+    kept = set(rng.sample(range(64), 32))
+    expected = {n: expected_text(16, questions[n])[1] for n in kept}
+
+    async def ask(client: AsyncClient, n: int) -> str | None:
+        options = {"max_tokens": 16 if n in kept else 600, "temperature": 0}
+        async with client.stream(questions[n], **options, extra={"ignore_eos": True}) as stream:
+            if n in kept:
+                return (await stream.final()).text
+            leave_after = rng.random() * 3
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(leave_after):
+                    async for _ in stream:
+                        pass
+        return None
+
+    async with AsyncClient(base_url=server.url) as client:
+        answers = await asyncio.gather(*(ask(client, n) for n in range(64)))
+    assert {n: answers[n] for n in kept} == expected
+    await asyncio.to_thread(server.wait_idle)
+    for worker in server.workers():
+        assert worker["free_blocks"] + worker["cached_blocks"] == worker["total_blocks"]
 
 
 def _stream_in_thread(server: Server, results: dict, max_tokens: int = LONG) -> threading.Thread:
