@@ -193,7 +193,6 @@ class PrefillWorker:
                 identity=LeaseId(lease.lease_id, lease.epoch, lease.generation),
                 tag=lease.tag,
                 address=lease.transport_address,
-                peer_name=lease.worker_name,
                 first_block=lease.first_block,
                 max_message_bytes=min(lease.max_message_bytes, self.kit.staging.nbytes),
             ),

@@ -87,6 +87,12 @@ class RouterMetrics:
             "Share of a worker's KV blocks that hold live sequences (0 to 1).",
             ("worker",),
         )
+        self.open_transfers = gauge("kv_open_transfers", "Transfers under way.", ("worker",))
+        self.bandwidth = gauge(
+            "kv_transport_bytes_per_second",
+            "Rate of a worker's latest KV transfer, while sending.",
+            ("worker",),
+        )
         self._from_workers = {
             "prefix_cache_queries": counter(
                 "prefix_cache_queries",
@@ -122,6 +128,8 @@ class RouterMetrics:
         if load.total_blocks:
             used = load.used_blocks + load.leased_blocks
             self.kv_cache_usage.labels(link.name).set(used / load.total_blocks)
+            self.open_transfers.labels(link.name).set(load.open_transfers)
+            self.bandwidth.labels(link.name).set(load.transport_bandwidth)
         # Kept past the end of a link: the same incarnation may join again and go on counting.
         totals = self._totals.setdefault((link.name, link.incarnation), {})
         for field, counter in self._from_workers.items():
@@ -133,7 +141,8 @@ class RouterMetrics:
 
     def worker_left(self, link: WorkerLink) -> None:
         if link.load.total_blocks:
-            self.kv_cache_usage.remove(link.name)
+            for per_worker in (self.kv_cache_usage, self.open_transfers, self.bandwidth):
+                per_worker.remove(link.name)
 
     def fleet(self, links: tuple[WorkerLink, ...]) -> None:
         """Count the joined workers."""

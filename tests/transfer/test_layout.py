@@ -1,11 +1,10 @@
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay_protocol.errors import LayoutMismatch
-from kvrelay_transfer.layout import KvLayout, Piece, check_compatible, group_layers, split
+from kvrelay_transfer.layout import KvLayout, Piece, group_layers, split
 
 LAYOUT = KvLayout("abc", "bfloat16", 16, 24, 2, 64)
 LAYOUTS = st.builds(
@@ -22,24 +21,6 @@ LAYOUTS = st.builds(
 def test_bytes_of_a_block():
     assert LAYOUT.layer_block_bytes == 2 * 16 * 2 * 64 * 2
     assert LAYOUT.block_bytes == 24 * LAYOUT.layer_block_bytes
-
-
-def test_equal_layouts_are_compatible():
-    check_compatible(LAYOUT, replace(LAYOUT))
-
-
-@pytest.mark.parametrize("name", [f.name for f in fields(KvLayout)])
-def test_a_difference_is_named_with_both_values(name: str):
-    old = getattr(LAYOUT, name)
-    new = {"dtype": "float16", "model_fingerprint": "xyz"}.get(name, old)
-    new = new if new != old else old + 1
-    with pytest.raises(LayoutMismatch, match=f"{name}: ours {old!r}, theirs {new!r}"):
-        check_compatible(LAYOUT, replace(LAYOUT, **{name: new}))
-
-
-def test_the_version_is_compared_first():
-    with pytest.raises(LayoutMismatch, match="protocol_version"):
-        check_compatible(LAYOUT, replace(LAYOUT, protocol_version=9, dtype="float16"))
 
 
 @pytest.mark.parametrize("wrong", [{"dtype": "int3"}, {"block_size": 0}, {"num_layers": -1}])

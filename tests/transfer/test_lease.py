@@ -30,9 +30,7 @@ IDENTITY = LeaseId(b"l" * 16, 1, 1)
 
 
 def lease(*, blocks_per_message=100, first_block=0):
-    return OpenLease(
-        IDENTITY, 5, b"a", "d", first_block, HEADER_SIZE + blocks_per_message * BLOCK_BYTES
-    )
+    return OpenLease(IDENTITY, 5, b"a", first_block, HEADER_SIZE + blocks_per_message * BLOCK_BYTES)
 
 
 def drain(sender):

@@ -1,8 +1,7 @@
 """What two workers must agree on before they exchange blocks, and how KV is cut into messages."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from kvrelay_protocol.errors import LayoutMismatch
 from kvrelay_protocol.versions import KV_VERSION
 
 _ITEM_BYTES = {
@@ -47,20 +46,6 @@ class KvLayout:
     def block_bytes(self) -> int:
         """Bytes of one block in all layers."""
         return self.num_layers * self.layer_block_bytes
-
-
-def check_compatible(ours: KvLayout, theirs: KvLayout) -> None:
-    """Refuse a peer whose blocks mean something else.
-
-    Raises:
-        LayoutMismatch: names the first field that differs and both values.
-    """
-    # The version first: where it differs, the other fields may not mean the same.
-    names = sorted((f.name for f in fields(KvLayout)), key=lambda name: name != "protocol_version")
-    for name in names:
-        a, b = getattr(ours, name), getattr(theirs, name)
-        if a != b:
-            raise LayoutMismatch(f"KV layouts differ in {name}: ours {a!r}, theirs {b!r}")
 
 
 @dataclass(frozen=True, slots=True)

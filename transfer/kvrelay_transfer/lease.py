@@ -50,7 +50,6 @@ class OpenLease:
     tag: int
     address: bytes
     """Transport address of the receiver."""
-    peer_name: str
     first_block: int
     """Logical blocks before this one are at the receiver already."""
     max_message_bytes: int

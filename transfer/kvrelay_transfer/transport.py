@@ -38,7 +38,7 @@ class Truncated(TransferError):
 
 @dataclass(slots=True)
 class TransportStats:
-    """Counters since `start`; the worker exports them as metrics."""
+    """Counters since `start`."""
 
     messages_sent: int = 0
     bytes_sent: int = 0

@@ -52,7 +52,6 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]
     """One a layer: how many tokens a token sees, itself included; None for all."""
     rope: RopeConfig
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     checkpoint_dtype: str
     """Name of the dtype the weights are stored in, such as `bfloat16`."""
@@ -131,7 +130,6 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         qk_norm=family.qk_norm,
         sliding_windows=_sliding_windows(architecture, raw, num_layers),
         rope=_rope(raw, head_dim, max_positions),
-        bos_token_id=_token_id(raw.get("bos_token_id")),
         eos_token_ids=eos_token_ids(raw.get("eos_token_id")),
         checkpoint_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
@@ -143,12 +141,6 @@ def eos_token_ids(value: object) -> tuple[int, ...]:
     if any(token is not None and not isinstance(token, int) for token in ids):
         raise InvalidModel(f"config.json: eos_token_id is {value!r}, expected integers")
     return tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
-
-
-def _token_id(value: object) -> int | None:
-    if value is None or isinstance(value, int):
-        return value
-    raise InvalidModel(f"config.json: bos_token_id is {value!r}, expected an integer")
 
 
 def _family(raw: Mapping[str, Any]) -> tuple[str, _Family]:

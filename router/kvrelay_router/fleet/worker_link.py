@@ -97,10 +97,6 @@ class WorkerLink:
     async def next_outgoing(self) -> pb.RouterMessage:
         return await self._outgoing.get()
 
-    @property
-    def outgoing_empty(self) -> bool:
-        return self._outgoing.empty()
-
     def dispatch(self, sequence_id: int, tokens: int) -> None:
         """Account for a sequence that was just submitted."""
         blocks = blocks_needed(tokens, self.block_size)

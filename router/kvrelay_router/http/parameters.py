@@ -31,12 +31,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-# They steer storage, billing, caching or routing elsewhere, never the text of an answer.
-IGNORED = frozenset({
-    "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "safety_identifier", "service_tier", "session_id", "store",
-})  # fmt: skip
-
 _SHOWN_NAMES = 20
 
 

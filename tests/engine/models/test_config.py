@@ -144,7 +144,6 @@ def test_unsupported_features_are_named(fields, message):
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ({"rope_parameters": [1]}, "rope parameters"),
         ({"eos_token_id": "end"}, "eos_token_id"),
-        ({"bos_token_id": "start"}, "bos_token_id"),
     ],
 )
 def test_unusable_values_are_named(fields, message):
