@@ -56,7 +56,7 @@ async def test_disaggregated_cached_and_local_answers_are_exact(family):
 
 
 @pytest.mark.parametrize("path", [PathKind.DISAGGREGATED, PathKind.LOCAL])
-@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 async def test_answers_are_exact_under_preemption(family, path):
     model = tiny_model(family)
     prompts = [random_prompt(20 + n, seed=n) for n in range(12)]
