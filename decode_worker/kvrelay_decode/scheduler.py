@@ -54,6 +54,8 @@ class _Waiting:
 
     spec: SequenceSpec
     tokens: tuple[int, ...]
+    lookup: PrefixLookup
+    """Of `tokens`; hashed once, since the head of the line is looked at in every step."""
     wants_lease: bool
     announced: bool = False
 
@@ -101,11 +103,11 @@ class DecodeScheduler:
 
     def reserve(self, spec: SequenceSpec) -> None:
         """Promise blocks to a transfer as soon as they are at hand; answered by `Reserved`."""
-        self._waiting.append(_Waiting(spec, spec.tokens, wants_lease=True))
+        self._waiting.append(self._wait(spec, spec.tokens, wants_lease=True))
 
     def submit(self, spec: SequenceSpec) -> None:
         """Compute the prompt here."""
-        self._waiting.append(_Waiting(spec, spec.tokens, wants_lease=False))
+        self._waiting.append(self._wait(spec, spec.tokens, wants_lease=False))
 
     def start(self, sequence_id: int, first_token: int) -> None:
         """The transfer is complete and verified: the sequence joins the next step."""
@@ -223,29 +225,34 @@ class DecodeScheduler:
         state.free(self.allocator)
         self._preemptions += 1
         self._waiting.appendleft(
-            _Waiting(state.spec, tuple(state.tokens), wants_lease=False, announced=True),
+            self._wait(state.spec, tuple(state.tokens), wants_lease=False, announced=True),
         )
         return state
+
+    def _wait(
+        self,
+        spec: SequenceSpec,
+        tokens: tuple[int, ...],
+        *,
+        wants_lease: bool,
+        announced: bool = False,
+    ) -> _Waiting:
+        lookup = look_up(tokens, self.allocator.block_size, self._fingerprint, spec.cache_salt)
+        return _Waiting(spec, tokens, lookup, wants_lease, announced)
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) + len(self._leased) < self._max_sequences:
             head = self._waiting[0]
-            lookup = look_up(
-                head.tokens,
-                self.allocator.block_size,
-                self._fingerprint,
-                head.spec.cache_salt,
-            )
-            allocation = self._allocate(head, lookup)
+            allocation = self._allocate(head)
             if allocation is None:
                 return
             self._waiting.popleft()
             if head.wants_lease:
-                self._lease(head.spec, allocation, lookup)
+                self._lease(head, allocation)
             else:
-                self._begin_local(head, allocation, lookup)
+                self._begin_local(head, allocation)
 
-    def _allocate(self, head: _Waiting, lookup: PrefixLookup) -> Allocation | None:
+    def _allocate(self, head: _Waiting) -> Allocation | None:
         size = self.allocator.block_size
         # The block of the next token is part of the promise, so that a start never preempts.
         blocks = self.allocator.blocks_for(len(head.tokens) + 1)
@@ -255,12 +262,13 @@ class DecodeScheduler:
         full = len(head.tokens) if head.wants_lease else len(head.tokens) - 1
         return self.allocator.allocate(
             blocks,
-            prefix=lookup.hashes[: full // size],
+            prefix=head.lookup.hashes[: full // size],
             leased=head.wants_lease,
         )
 
-    def _lease(self, spec: SequenceSpec, allocation: Allocation, lookup: PrefixLookup) -> None:
-        self._leased[spec.sequence_id] = _Leased(spec, allocation, lookup)
+    def _lease(self, head: _Waiting, allocation: Allocation) -> None:
+        spec = head.spec
+        self._leased[spec.sequence_id] = _Leased(spec, allocation, head.lookup)
         self._events.append(
             Reserved(
                 spec.sequence_id,
@@ -270,11 +278,11 @@ class DecodeScheduler:
             ),
         )
 
-    def _begin_local(self, head: _Waiting, allocation: Allocation, lookup: PrefixLookup) -> None:
+    def _begin_local(self, head: _Waiting, allocation: Allocation) -> None:
         size = self.allocator.block_size
-        state = SequenceState(head.spec, list(head.tokens), allocation, lookup.root)
+        state = SequenceState(head.spec, list(head.tokens), allocation, head.lookup.root)
         cached = allocation.cached_blocks * size
-        state.reuse(cached, size, lookup.hashes)
+        state.reuse(cached, size, head.lookup.hashes)
         self._running[head.spec.sequence_id] = state
         if not head.announced:
             self._prefix_queries += len(head.tokens)

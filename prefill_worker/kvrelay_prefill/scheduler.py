@@ -8,6 +8,7 @@ from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.runtime.step_loop import LoadSnapshot
 from kvrelay_engine.sequence import (
     FinishReason,
+    PrefixLookup,
     SequenceFailed,
     SequenceSpec,
     SequenceState,
@@ -39,6 +40,15 @@ class FirstToken:
 PrefillEvent = Admitted | FirstToken | SequenceFailed
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A prompt without blocks."""
+
+    spec: SequenceSpec
+    lookup: PrefixLookup
+    """Hashed once, since the head of the line is looked at in every step."""
+
+
 class PrefillScheduler:
     """Owner of the allocator and of every prompt's blocks, from admission until `release`.
 
@@ -62,7 +72,7 @@ class PrefillScheduler:
         self._fingerprint = fingerprint
         self._max_batch_tokens = max(max_batch_tokens, allocator.block_size)
         self._max_sequences = max_sequences
-        self._waiting: deque[SequenceSpec] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._computing: dict[int, SequenceState] = {}
         self._held: dict[int, SequenceState] = {}
         self._events: list[PrefillEvent] = []
@@ -71,7 +81,9 @@ class PrefillScheduler:
 
     def submit(self, spec: SequenceSpec) -> None:
         """Queue a prompt."""
-        self._waiting.append(spec)
+        size = self.allocator.block_size
+        lookup = look_up(spec.tokens, size, self._fingerprint, spec.cache_salt)
+        self._waiting.append(_Waiting(spec, lookup))
 
     def release(self, sequence_id: int) -> None:
         """Let go of a sequence wherever it is: done with, cancelled or failed. Idempotent."""
@@ -80,7 +92,7 @@ class PrefillScheduler:
             if state is not None:
                 state.free(self.allocator)
                 return
-        self._waiting = deque(s for s in self._waiting if s.sequence_id != sequence_id)
+        self._waiting = deque(w for w in self._waiting if w.spec.sequence_id != sequence_id)
 
     def schedule(self) -> Batch | None:
         """The next chunks: prompts already started first, then new ones while blocks and budget last."""
@@ -133,7 +145,7 @@ class PrefillScheduler:
             cached_blocks=counts.cached,
             leased_blocks=counts.leased,
             used_blocks=counts.in_use,
-            backlog_tokens=computing + sum(len(spec.tokens) for spec in self._waiting),
+            backlog_tokens=computing + sum(len(w.spec.tokens) for w in self._waiting),
             preemptions=0,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
@@ -146,9 +158,8 @@ class PrefillScheduler:
             counts = self.allocator.counts
             assert counts.free + counts.cached == counts.total, counts  # noqa: S101 - own invariant
 
-    def _admit(self, spec: SequenceSpec) -> SequenceState | None:
-        size = self.allocator.block_size
-        lookup = look_up(spec.tokens, size, self._fingerprint, spec.cache_salt)
+    def _admit(self, head: _Waiting) -> SequenceState | None:
+        spec, lookup, size = head.spec, head.lookup, self.allocator.block_size
         # The last prompt token is always computed: its logits give the first output token.
         shareable = lookup.hashes[: (len(spec.tokens) - 1) // size]
         allocation = self.allocator.allocate(
