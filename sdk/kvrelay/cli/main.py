@@ -19,12 +19,14 @@ _COMMANDS = {
     "chat": "talk to a model, on a server or on a stack started for it",
     "demo": "start everything, ask one question, show what happened",
     "doctor": "versions, devices, limits, and the transport between two processes",
+    "bench": "measure: engine, peers, start-up, serving, transfer, router",
     "router": "the HTTP front alone (what its container runs)",
     "prefill": "one prefill worker (what its container runs)",
     "decode": "one decode worker (what its container runs)",
 }
 _MODULES = {"prefill": "worker", "decode": "worker"}
-_EXTRA_OF = {"router": "router", "prefill": "worker", "decode": "worker", "chat": "all"}
+_EXTRA_OF = {"router": "router", "prefill": "worker", "decode": "worker", "chat": "all",
+             "bench": "bench"}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +78,17 @@ def _dispatch(arguments: list[str]) -> int:
         kind = "flag" if name.startswith("-") else "command"
         known = ["--help", "--version"] if kind == "flag" else list(_COMMANDS)
         raise UsageError(f"{unknown(kind, name, known)} (kvrelay --help lists them)")
-    command = load_command(name)
+    if name != "bench":
+        return _run(load_command(name), rest)
+    from kvrelay.cli.commands.bench import load_benchmark, overview
+
+    if not rest or rest[0] in {"-h", "--help", "help"}:
+        print(overview())
+        return 0 if rest else 2
+    return _run(load_benchmark(rest[0]), rest[1:])
+
+
+def _run(command: Command, rest: list[str]) -> int:
     for argument in rest:
         if argument.startswith("--help="):
             print(search_help(command, argument.removeprefix("--help=")))

@@ -1,0 +1,163 @@
+"""The machine under a benchmark, and its measured limits: streaming reads and matrix products.
+
+`python -m kvrelay_bench.machine THREADS` prints the limits as JSON, so that a process which must not
+keep torch's threads around can ask for them.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from kvrelay_infra.host import read_cores, read_memory
+
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8",
+          "asimd", "sve", "bf16", "i8mm")  # fmt: skip
+_READ_BYTES = 512 * 1024 * 1024
+"""More than any last-level cache holds."""
+_GEMM_SIZE = 1536
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What was measured, best of several kernels and rounds."""
+
+    threads: int
+    read_bytes_per_s: float
+    gemm_flops: Mapping[str, float]
+    """Operations per second of a large matrix product, by dtype; a multiply-add counts as two."""
+
+    @property
+    def float_flops(self) -> float:
+        """The best of the floating-point dtypes: what a model's matrix products could reach."""
+        return max(rate for dtype, rate in self.gemm_flops.items() if dtype != "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a benchmark ran."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    system: str
+    cpu_flags: tuple[str, ...] = ()
+    gpu: str | None = None
+    limits: Limits | None = field(default=None)
+
+
+def describe_machine(limits: Limits | None = None) -> Machine:
+    """This machine as the operating system describes it; imports no torch."""
+    name, flags = _read_cpuinfo()
+    return Machine(
+        cpu=name,
+        cores=read_cores(),
+        memory_bytes=read_memory().total,
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu_flags=tuple(flag for flag in _FLAGS if flag in flags),
+        limits=limits,
+    )
+
+
+def probe_limits(threads: int) -> Limits:
+    """`measure_limits` in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed; its last line of output says why.
+    """
+    command = [sys.executable, "-m", "kvrelay_bench.machine", str(threads)]
+    environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"the machine's limits could not be measured: {last}")
+    return Limits(**json.loads(done.stdout))
+
+
+def measure_limits(
+    threads: int, *, read_bytes: int = _READ_BYTES, gemm_size: int = _GEMM_SIZE
+) -> Limits:
+    """Stream a large buffer and multiply large matrices, with torch.
+
+    A single library call may miss the limit (a reduction can be bound by its additions), so the
+    fastest of several counts.
+
+    Args:
+        threads: intra-op threads to use.
+        read_bytes: size of the buffer that is read.
+        gemm_size: n of the n x n x n products.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return Limits(threads, _measure_read(read_bytes), _measure_gemm(gemm_size))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure_read(size: int) -> float:
+    import torch
+
+    floats = torch.ones(size // 4)
+    rows = floats.view(-1, 4096) if size >= 4096 * 4 else floats.view(1, -1)
+    vector = torch.ones(rows.shape[1])
+    readers: list[Callable[[], object]] = [
+        lambda: floats.view(torch.int64).sum(),
+        floats.sum,
+        floats.amax,
+        lambda: rows @ vector,
+    ]
+    return size / min(_best_time(reader) for reader in readers)
+
+
+def _measure_gemm(size: int) -> dict[str, float]:
+    import torch
+
+    rates: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.ones(size, size, dtype=dtype)
+        rates[str(dtype).removeprefix("torch.")] = _rate(size, lambda x=left: x @ x)
+    integers = torch.ones(size, size, dtype=torch.int8)
+    rates["int8"] = _rate(size, lambda: torch._int_mm(integers, integers))  # noqa: SLF001 # no public name
+    return rates
+
+
+def _rate(size: int, product: Callable[[], object]) -> float:
+    return 2.0 * size**3 / _best_time(product)
+
+
+def _best_time(action: Callable[[], object]) -> float:
+    action()
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        lines = []
+    entries = dict(reversed([_split(line) for line in lines if ":" in line]))
+    flags = entries.get("flags") or entries.get("Features") or ""
+    return entries.get("model name") or platform.machine(), frozenset(flags.split())
+
+
+def _split(line: str) -> tuple[str, str]:
+    key, _, value = line.partition(":")
+    return key.strip(), value.strip()
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure_limits(int(sys.argv[1])))))
