@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
-from kvrelay_engine.batch import Batch, StepResult
+from kvrelay_engine.batch import Batch, StepResult, TokenLogprobs
 from kvrelay_engine.cache.allocator import Allocation, BlockAllocator
 from kvrelay_engine.runtime.step_loop import LoadSnapshot
 from kvrelay_engine.sequence import (
@@ -43,6 +43,8 @@ class TokenSampled:
     index: int
     token: int
     finish: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+    """None where the request did not ask."""
 
 
 DecodeEvent = Reserved | LocalPrefillStarted | TokenSampled | SequenceFailed
@@ -171,10 +173,11 @@ class DecodeScheduler:
             if part.sampling is None:
                 continue
             token = result.tokens[part.sequence_id]
-            state.tokens.append(token)
+            state.append(token)
             finish = state.spec.finish_reason(token, state.generated)
             index = state.spec.output_offset + state.generated - 1
-            self._events.append(TokenSampled(part.sequence_id, index, token, finish))
+            logprobs = result.logprobs.get(part.sequence_id)
+            self._events.append(TokenSampled(part.sequence_id, index, token, finish, logprobs))
             if finish is not None:
                 self.abort(part.sequence_id)
 
@@ -182,10 +185,14 @@ class DecodeScheduler:
         events, self._events = self._events, []
         return events
 
+    @property
+    def backlog_tokens(self) -> int:
+        """Prompt tokens still to be computed here."""
+        prompts = sum(s.remaining for s in self._running.values() if s.remaining > 1)
+        return prompts + sum(len(w.tokens) for w in self._waiting if not w.wants_lease)
+
     def load(self) -> LoadSnapshot:
         counts = self.allocator.counts
-        prompts = sum(s.remaining for s in self._running.values() if s.remaining > 1)
-        waiting = sum(len(w.tokens) for w in self._waiting if not w.wants_lease)
         return LoadSnapshot(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -194,7 +201,7 @@ class DecodeScheduler:
             cached_blocks=counts.cached,
             leased_blocks=counts.leased,
             used_blocks=counts.in_use,
-            backlog_tokens=prompts + waiting,
+            backlog_tokens=self.backlog_tokens,
             preemptions=self._preemptions,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,

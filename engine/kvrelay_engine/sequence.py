@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from kvrelay_engine.batch import SequenceSlice
+from kvrelay_engine.batch import SamplingHistory, SequenceSlice
 from kvrelay_engine.cache.allocator import Allocation, BlockAllocator
 from kvrelay_engine.cache.hashing import hash_full_blocks, next_hash, root_hash
+from kvrelay_engine.sampler.token_counts import TokenCounts
 from kvrelay_protocol.errors import InvalidRequest, KvrelayError
 from kvrelay_protocol.sampling import SamplingParams
 
@@ -51,6 +52,11 @@ class SequenceSpec:
             raise InvalidRequest(
                 f"token {max(self.tokens)} is outside the model's vocabulary of {vocab_size}"
             )
+        if self.sampling.min_tokens and max(self.stop_token_ids, default=0) >= vocab_size:
+            raise InvalidRequest(
+                f"stop token {max(self.stop_token_ids)} is outside the model's vocabulary of "
+                f"{vocab_size}, so min_tokens cannot keep it from being drawn"
+            )
 
     def finish_reason(self, token: int, generated: int) -> FinishReason | None:
         """Whether `token`, the `generated`-th of this attempt, is the last."""
@@ -88,12 +94,21 @@ class SequenceState:
     published: int = field(init=False)
     """Leading full blocks that are in the prefix index (or equal one that is)."""
     last_hash: bytes = field(init=False)
+    counts: TokenCounts | None = field(init=False)
+    """None where no penalty applies."""
 
     def __post_init__(self) -> None:
         self.blocks = list(self.allocation.blocks)
         self.computed = 0
         self.published = 0
         self.last_hash = self.root
+        # On a replay the tokens emitted already stand behind the prompt.
+        prompt = len(self.spec.tokens) - self.spec.output_offset
+        self.counts = (
+            TokenCounts(self.tokens[:prompt], self.tokens[prompt:])
+            if self.spec.sampling.penalised
+            else None
+        )
 
     @property
     def generated(self) -> int:
@@ -113,13 +128,28 @@ class SequenceState:
     def slice(self, num_tokens: int) -> SequenceSlice:
         """The next `num_tokens` to compute; samples when they are the last ones."""
         end = self.computed + num_tokens
+        samples = end == len(self.tokens)
         return SequenceSlice(
             sequence_id=self.spec.sequence_id,
             tokens=tuple(self.tokens[self.computed : end]),
             start=self.computed,
             block_table=tuple(self.blocks),
-            sampling=self.spec.sampling if end == len(self.tokens) else None,
+            sampling=self.spec.sampling if samples else None,
+            history=self._history() if samples else None,
         )
+
+    def append(self, token: int) -> None:
+        """The next output token was sampled."""
+        self.tokens.append(token)
+        if self.counts is not None:
+            self.counts.add(token)
+
+    def _history(self) -> SamplingHistory | None:
+        spec = self.spec
+        too_short = spec.output_offset + self.generated < spec.sampling.min_tokens
+        if self.counts is None and not too_short:
+            return None
+        return SamplingHistory(self.counts, tuple(spec.stop_token_ids) if too_short else ())
 
     def advance(self, num_tokens: int, allocator: BlockAllocator) -> None:
         """`num_tokens` more positions are written: publish the blocks they filled."""

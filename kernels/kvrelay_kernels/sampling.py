@@ -96,6 +96,93 @@ def sample(
     return tokens
 
 
+def apply_penalties(
+    logits: torch.Tensor,
+    *,
+    token_ids: torch.Tensor,
+    pair_rows: torch.Tensor,
+    output_counts: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+    repetition: torch.Tensor,
+) -> torch.Tensor:
+    """Make tokens that a row holds already less likely, in place.
+
+        logit = logit / repetition  if logit > 0 else  logit * repetition
+        logit = logit - frequency * count - presence * (count > 0)
+
+    Repetition applies to the tokens of prompt and output, the other two to those of the output.
+    Sources: Keskar et al., 2019 (arXiv:1909.05858) for repetition, with the case of negative logits
+    as in Hugging Face transformers; the OpenAI API's formula for the others.
+
+    Args:
+        logits: `[rows, vocabulary]` float32, changed.
+        token_ids: `[pairs]` int64, the distinct tokens of each row, rows one after the other.
+        pair_rows: `[pairs]` int64, the row of each; no pair twice.
+        output_counts: `[pairs]` int32, how often the output has the token; 0: only the prompt.
+        presence: `[rows]` float32; 0 changes nothing.
+        frequency: `[rows]` float32; 0 changes nothing.
+        repetition: `[rows]` float32, above zero; 1 changes nothing.
+
+    Returns:
+        `logits`.
+
+    Raises:
+        ValueError: shapes or dtypes do not match.
+    """
+    check_dtype("logits", logits, torch.float32)
+    for name, tensor in (
+        ("presence", presence),
+        ("frequency", frequency),
+        ("repetition", repetition),
+    ):
+        check_shape(name, tensor, (logits.shape[0],))
+        check_dtype(name, tensor, torch.float32)
+    check_shape("token_ids", token_ids, (None,))
+    for name, tensor, dtype in (
+        ("token_ids", token_ids, torch.int64),
+        ("pair_rows", pair_rows, torch.int64),
+        ("output_counts", output_counts, torch.int32),
+    ):
+        check_shape(name, tensor, (len(token_ids),))
+        check_dtype(name, tensor, dtype)
+    values = logits[pair_rows, token_ids]
+    factor = repetition[pair_rows]
+    values = torch.where(values > 0, values / factor, values * factor)
+    values -= frequency[pair_rows] * output_counts + presence[pair_rows] * (output_counts > 0)
+    return logits.index_put_((pair_rows, token_ids), values)
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Natural logarithms of the softmax, of one token a row and of the most likely ones.
+
+    Args:
+        logits: `[rows, vocabulary]`, any float dtype.
+        tokens: `[rows]` int64.
+        top: how many of the most likely tokens, 0 to the vocabulary's size.
+
+    Returns:
+        `[rows]` float32 logprobs of `tokens`; `[rows]` int64 ranks, the number of tokens at least as
+        likely; `[rows, top]` int64 most likely tokens and `[rows, top]` float32 logprobs, descending.
+
+    Raises:
+        ValueError: shapes or dtypes do not match, or `top` is out of range.
+    """
+    check_shape("logits", logits, (None, None))
+    check_shape("tokens", tokens, (logits.shape[0],))
+    check_dtype("tokens", tokens, torch.int64)
+    if not 0 <= top <= logits.shape[1]:
+        raise ValueError(f"top is {top}, expected 0 to {logits.shape[1]}")
+    at = tokens.unsqueeze(1)
+    # Compared as logits, which rounding has not brought together yet.
+    rank = (logits >= logits.gather(1, at)).sum(-1)
+    top_ids = logits.topk(top, dim=-1).indices
+    logprobs = logits.float().log_softmax(-1)
+    return logprobs.gather(1, at).squeeze(1), rank, top_ids, logprobs.gather(1, top_ids)
+
+
 def _sample_group(
     logits: torch.Tensor,
     *,

@@ -1,13 +1,37 @@
-"""From sampling parameters to tokens: rows are split into greedy and drawn ones on the host."""
+"""From sampling parameters to tokens: rows are split into greedy and drawn ones on the host.
 
+A step's logits go through bans and penalties, then temperature and the filters of the draw; logprobs
+are taken from the logits as the model gave them.
+"""
+
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from kvrelay_engine.batch import SamplingHistory, TokenLogprobs
 from kvrelay_engine.sampler.philox import uniforms
-from kvrelay_kernels.sampling import greedy, sample
+from kvrelay_kernels.sampling import apply_penalties, greedy, sample, token_logprobs
 from kvrelay_protocol.sampling import SamplingParams
+
+_BANNED = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPenalties:
+    """Arguments of `apply_penalties`, one entry of `token_ids` for each distinct token of a row."""
+
+    token_ids: torch.Tensor
+    """`[pairs]` int64, as is `pair_rows`."""
+    pair_rows: torch.Tensor
+    output_counts: torch.Tensor
+    """`[pairs]` int32."""
+    presence: torch.Tensor
+    """`[rows]` float32, as are `frequency` and `repetition`; neutral where a row has no penalty."""
+    frequency: torch.Tensor
+    repetition: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +48,18 @@ class PreparedSampling:
     top_p: torch.Tensor
     min_p: torch.Tensor
     uniform: torch.Tensor
+    penalties: PreparedPenalties | None = None
+    banned: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Rows and token ids, both `[bans]` int64."""
+    logprobs: tuple[int | None, ...] | None = None
+    """How many of the most likely tokens each row reports; None where no row reports any."""
 
 
 def prepare_sampling(
-    params: Sequence[SamplingParams], positions: Sequence[int], device: torch.device
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    device: torch.device,
+    histories: Sequence[SamplingHistory | None] = (),
 ) -> PreparedSampling:
     """Build the tensors of one step.
 
@@ -35,29 +67,27 @@ def prepare_sampling(
         params: one a row.
         positions: position of the token each row draws, the generator's counter.
         device: where the logits will be.
+        histories: one a row, or none at all where no row has one.
     """
     rows = [index for index, row in enumerate(params) if not row.greedy]
-    drawn = [params[index] for index in rows]
-    draws = uniforms([row.seed for row in drawn], [positions[index] for index in rows])
-    # One float64 table is one transfer; integers up to 2^53 pass through it unchanged.
-    table = torch.tensor(
-        [
-            [row.temperature for row in drawn],
-            [row.top_p for row in drawn],
-            [row.min_p for row in drawn],
-        ],
-        dtype=torch.float64,
-    )
-    moved = torch.cat((table, torch.from_numpy(draws).unsqueeze(0))).to(device)
-    integers = torch.tensor([rows, [row.top_k for row in drawn]], dtype=torch.int64).to(device)
+    wanted = tuple(row.logprobs for row in params)
+    with_history = [row for row, history in enumerate(histories) if history is not None]
+    penalties = banned = None
+    if with_history:
+        penalties = _prepare_penalties(params, histories, device)
+        banned = _prepare_bans(histories, device)
+    integers, table = _draw_parameters(params, positions, rows, device)
     return PreparedSampling(
         num_rows=len(params),
         rows=integers[0],
-        temperature=moved[0],
+        temperature=table[0],
         top_k=integers[1],
-        top_p=moved[1],
-        min_p=moved[2],
-        uniform=moved[3],
+        top_p=table[1],
+        min_p=table[2],
+        uniform=table[3],
+        penalties=penalties,
+        banned=banned,
+        logprobs=None if wanted.count(None) == len(wanted) else wanted,
     )
 
 
@@ -65,12 +95,14 @@ def sample_tokens(logits: torch.Tensor, prepared: PreparedSampling) -> torch.Ten
     """Choose one token a row.
 
     Args:
-        logits: `[rows, vocabulary]`, any float dtype.
+        logits: `[rows, vocabulary]`, any float dtype. Left as they are where the step reports
+            logprobs; otherwise bans and penalties may be written into them.
         prepared: parameters of the same rows.
 
     Returns:
         `[rows]` int64 on the device of `logits`.
     """
+    logits = _adjusted(logits, prepared)
     drawn = len(prepared.rows)
     if drawn == 0:
         return greedy(logits)
@@ -86,3 +118,135 @@ def sample_tokens(logits: torch.Tensor, prepared: PreparedSampling) -> torch.Ten
     if drawn == prepared.num_rows:
         return tokens
     return greedy(logits).index_copy_(0, prepared.rows, tokens)
+
+
+def sampled_logprobs(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    prepared: PreparedSampling,
+    sequence_ids: Sequence[int],
+) -> dict[int, TokenLogprobs]:
+    """Logprobs of the rows that asked for them, by sequence id; waits for the device if any did.
+
+    Args:
+        logits: `[rows, vocabulary]` as the model gave them.
+        tokens: `[rows]` int64, from `sample_tokens`.
+        prepared: parameters of the same rows.
+        sequence_ids: one a row.
+    """
+    if prepared.logprobs is None:
+        return {}
+    wanted = [(row, top) for row, top in enumerate(prepared.logprobs) if top is not None]
+    if len(wanted) < prepared.num_rows:
+        rows = torch.tensor([row for row, _ in wanted], device=logits.device)
+        logits, tokens = logits.index_select(0, rows), tokens.index_select(0, rows)
+    most = min(max(top for _, top in wanted), logits.shape[1])
+    logprob, rank, top_ids, top_logprobs = (
+        values.tolist() for values in token_logprobs(logits, tokens, most)
+    )
+    return {
+        sequence_ids[row]: TokenLogprobs(
+            logprob[at],
+            rank[at],
+            tuple(zip(top_ids[at][:top], top_logprobs[at][:top], strict=True)),
+        )
+        for at, (row, top) in enumerate(wanted)
+    }
+
+
+def _adjusted(logits: torch.Tensor, prepared: PreparedSampling) -> torch.Tensor:
+    """Logits after bans and penalties; a copy where the logits themselves are still needed."""
+    if prepared.banned is None and prepared.penalties is None:
+        return logits
+    adjusted = logits.float()
+    if adjusted is logits and prepared.logprobs is not None:
+        adjusted = logits.clone()
+    if prepared.banned is not None:
+        adjusted.index_put_(prepared.banned, adjusted.new_tensor(_BANNED))
+    if prepared.penalties is not None:
+        apply_penalties(
+            adjusted,
+            token_ids=prepared.penalties.token_ids,
+            pair_rows=prepared.penalties.pair_rows,
+            output_counts=prepared.penalties.output_counts,
+            presence=prepared.penalties.presence,
+            frequency=prepared.penalties.frequency,
+            repetition=prepared.penalties.repetition,
+        )
+    return adjusted
+
+
+def _draw_parameters(
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    rows: list[int],
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[2, drawn]` int64 with rows and top-k, `[4, drawn]` float64 with the rest."""
+    if not rows:
+        return _nothing_drawn(device)
+    drawn = [params[index] for index in rows]
+    # One table each is one transfer each.
+    table = np.empty((4, len(rows)))
+    table[0] = [row.temperature for row in drawn]
+    table[1] = [row.top_p for row in drawn]
+    table[2] = [row.min_p for row in drawn]
+    table[3] = uniforms([row.seed for row in drawn], [positions[index] for index in rows])
+    integers = np.array([rows, [row.top_k for row in drawn]], dtype=np.int64)
+    return torch.from_numpy(integers).to(device), torch.from_numpy(table).to(device)
+
+
+@functools.cache
+def _nothing_drawn(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    integers = torch.empty(2, 0, dtype=torch.int64, device=device)
+    return integers, torch.empty(4, 0, dtype=torch.float64, device=device)
+
+
+def _prepare_penalties(
+    params: Sequence[SamplingParams],
+    histories: Sequence[SamplingHistory | None],
+    device: torch.device,
+) -> PreparedPenalties | None:
+    counted = [
+        (row, history.counts)
+        for row, history in enumerate(histories)
+        if history is not None and history.counts is not None
+    ]
+    if not counted:
+        return None
+    tokens = [counts.tokens for _, counts in counted]
+    pair_rows = np.repeat([row for row, _ in counted], [len(ids) for ids in tokens])
+    # Each is a fresh array: the counts go on growing.
+    pairs = torch.from_numpy(np.stack((np.concatenate(tokens), pair_rows))).to(device)
+    output_counts = np.concatenate([counts.output_counts for _, counts in counted])
+    strengths = torch.tensor(
+        [
+            [row.presence_penalty for row in params],
+            [row.frequency_penalty for row in params],
+            [row.repetition_penalty for row in params],
+        ],
+        dtype=torch.float32,
+    ).to(device)
+    return PreparedPenalties(
+        token_ids=pairs[0],
+        pair_rows=pairs[1],
+        output_counts=torch.from_numpy(output_counts).to(device),
+        presence=strengths[0],
+        frequency=strengths[1],
+        repetition=strengths[2],
+    )
+
+
+def _prepare_bans(
+    histories: Sequence[SamplingHistory | None], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    bans = [
+        (row, token)
+        for row, history in enumerate(histories)
+        if history is not None
+        for token in history.banned
+    ]
+    if not bans:
+        return None
+    rows, tokens = torch.tensor(bans, dtype=torch.int64).to(device).unbind(1)
+    return rows, tokens
