@@ -1,0 +1,1 @@
+"""C++ kernels for CPUs: compiled for this machine at first use, cached, called through ctypes."""

@@ -1,0 +1,103 @@
+"""The compiled kernels as Python callables, and the choice between them and torch."""
+
+import ctypes
+import functools
+import logging
+import os
+from typing import ClassVar
+
+import torch
+
+from kvrelay_kernels.cpu.build import NoCompiler, build_library
+
+log = logging.getLogger(__name__)
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+"""How the C++ side numbers storage formats (`Format` in ops.hpp)."""
+
+
+class Count(ctypes.Structure):
+    """`kvr::Count`: a size that is given now, or read from `live` whenever the op runs."""
+
+    _fields_: ClassVar = [("given", ctypes.c_int64), ("live", ctypes.c_void_p)]
+
+
+class OpArgs(ctypes.Structure):
+    """Arguments of one op; a subclass mirrors the C++ struct `NAME_args` field by field."""
+
+    op: ClassVar[str]
+    """NAME in `KVR_OP(NAME)`."""
+
+
+class CpuLibrary:
+    """The loaded shared library. Ops run on the calling thread and on the library's own threads.
+
+    Ops may be called from any thread; one parallel loop uses the threads at a time, and a second
+    caller computes alone meanwhile.
+    """
+
+    def __init__(self, path: str) -> None:
+        # The GIL is released during a call: tokens are written to sockets while a step computes.
+        self._handle = ctypes.CDLL(path)
+        self._functions: dict[type[OpArgs], ctypes._NamedFuncPointer] = {}
+
+    def run(self, args: OpArgs) -> None:
+        """Run the op that `args` belongs to."""
+        self.function(type(args))(ctypes.byref(args))
+
+    def rows(self, tensor: torch.Tensor) -> Count:
+        """The size of the first dimension, as an op's count."""
+        return Count(tensor.shape[0], None)
+
+    def function(self, kind: type[OpArgs]) -> "ctypes._NamedFuncPointer":
+        """The C function of an op.
+
+        Raises:
+            RuntimeError: the C++ struct has another size than its mirror.
+        """
+        found = self._functions.get(kind)
+        if found is None:
+            size = self._handle[f"kvr_{kind.op}_args_size"]
+            size.restype = ctypes.c_int64
+            if size() != ctypes.sizeof(kind):
+                raise RuntimeError(
+                    f"{kind.__name__} has {ctypes.sizeof(kind)} bytes, the library expects {size()}"
+                )
+            found = self._handle[f"kvr_{kind.op}"]
+            found.argtypes = [ctypes.POINTER(kind)]
+            found.restype = None
+            self._functions[kind] = found
+        return found
+
+    def set_threads(self, threads: int) -> None:
+        """How many threads an op uses, the caller included; at least 1."""
+        self._handle.kvr_set_threads(ctypes.c_int64(threads))
+
+    @property
+    def threads(self) -> int:
+        return int(self._handle.kvr_thread_count())
+
+
+@functools.cache
+def cpu_library() -> CpuLibrary | None:
+    """The kernels of this machine; None where they cannot be built, or `KVRELAY_CPU_KERNELS=torch`.
+
+    The first call builds them unless they are cached, and says so; later calls cost nothing.
+    """
+    if os.environ.get("KVRELAY_CPU_KERNELS", "") == "torch":
+        return None
+    try:
+        return CpuLibrary(str(build_library()))
+    except (NoCompiler, OSError) as error:
+        log.warning("%s; computing with torch instead, which is slower", error)
+        return None
+
+
+def native(*tensors: torch.Tensor | None) -> CpuLibrary | None:
+    """The library, if it can take these tensors: on the CPU, in float32, rows contiguous."""
+    for tensor in tensors:
+        if tensor is not None and (
+            tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.stride(-1) != 1
+        ):
+            return None
+    return cpu_library()

@@ -1,0 +1,106 @@
+"""ctypes side of linear.cpp."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from kvrelay_kernels.cpu.library import FORMATS, Count, CpuLibrary, OpArgs
+from kvrelay_kernels.cpu.memory import huge_tensor
+
+TILE = 32
+"""Outputs a tile of the packed layout; linear.cpp describes it."""
+
+
+class LinearArgs(OpArgs):
+    """Mirror of `kvr::linear_args`."""
+
+    op = "linear"
+    _fields_: ClassVar = [
+        ("rows", Count),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("format", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+    ]
+
+
+class PackLinearArgs(OpArgs):
+    """Mirror of `kvr::pack_linear_args`."""
+
+    op = "pack_linear"
+    _fields_: ClassVar = [
+        ("parts", ctypes.c_int64),
+        ("part_data", ctypes.POINTER(ctypes.c_void_p)),
+        ("part_rows", ctypes.POINTER(ctypes.c_int64)),
+        ("source_format", ctypes.c_int64),
+        ("format", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+    ]
+
+
+def pack(
+    library: CpuLibrary, parts: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Packed weights, and the scale of each output where `dtype` is int8.
+
+    Args:
+        library: the compiled kernels.
+        parts: `[rows, width]` each, contiguous, on the CPU, one dtype; stacked along the outputs.
+        dtype: float32, float16, bfloat16 or int8.
+    """
+    outputs, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    padded = -(-outputs // TILE) * TILE
+    packed = huge_tensor(padded * width * dtype.itemsize)
+    scale = torch.empty(outputs, dtype=torch.float32) if dtype == torch.int8 else None
+    library.run(
+        PackLinearArgs(
+            parts=len(parts),
+            part_data=(ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts)),
+            part_rows=(ctypes.c_int64 * len(parts))(*(part.shape[0] for part in parts)),
+            source_format=FORMATS[parts[0].dtype],
+            format=FORMATS[dtype],
+            packed=packed.data_ptr(),
+            scale=None if scale is None else scale.data_ptr(),
+            outputs=outputs,
+            width=width,
+        )
+    )
+    return packed, scale
+
+
+def linear_cpu(
+    library: CpuLibrary,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    dtype: torch.dtype,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """`out = x @ weight.T + bias`; `x` and `out` float32 with contiguous rows."""
+    library.run(
+        LinearArgs(
+            rows=library.rows(x),
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            weight=packed.data_ptr(),
+            format=FORMATS[dtype],
+            scale=None if scale is None else scale.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            outputs=out.shape[1],
+            width=x.shape[1],
+        )
+    )

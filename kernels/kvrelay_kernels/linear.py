@@ -1,0 +1,131 @@
+"""The projections of a model: weights in the layout of whichever kernel multiplies them.
+
+    out = x @ weight.T + bias
+    int8:  weight[n, k] ~ scale[n] * q[n, k],  q = round(weight / scale),  scale[n] = max|weight[n]| / 127
+
+On a CPU the weights are packed once into tiles (cpu/linear.cpp) and activations are float32 whatever
+the weights are stored in; on a GPU they stay as they are and the vendor's library multiplies.
+
+Source of the quantisation: symmetric per-channel weights as in Jacob et al., 2018 (arXiv:1712.05877),
+here with activations left (nearly) as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvrelay_kernels.checks import check_dtype, check_shape
+from kvrelay_kernels.cpu.library import CpuLibrary, cpu_library
+from kvrelay_kernels.reference.linear import linear_reference, quantise_int8_reference
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeights:
+    """One projection, ready to multiply. Made by `pack_linear`."""
+
+    outputs: int
+    width: int
+    dtype: torch.dtype
+    """What the weights are stored in: float32, bfloat16, float16 or int8."""
+    data: torch.Tensor
+    """Packed bytes if `library` is set, else `[outputs, width]`."""
+    scale: torch.Tensor | None
+    """`[outputs]` float32, int8 only."""
+    bias: torch.Tensor | None
+    """`[outputs]`, dtype of the activations."""
+    library: CpuLibrary | None
+    """The kernels that read `data`; None where torch does."""
+
+    @property
+    def nbytes(self) -> int:
+        """What one pass over the weights reads."""
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+def pack_linear(
+    parts: Sequence[torch.Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> LinearWeights:
+    """Stack checkpoint tensors along their outputs, in the layout of the device's kernel.
+
+    Args:
+        parts: `[rows, width]` each, contiguous, of one dtype (float32, bfloat16 or float16), in host memory.
+        device: where `linear` will run.
+        dtype: what to store them in; int8 quantises.
+        bias: `[outputs]` in the dtype of the activations, on the device.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    width = parts[0].shape[1]
+    outputs = sum(part.shape[0] for part in parts)
+    for part in parts:
+        check_shape("part", part, (None, width))
+        check_dtype("part", part, torch.float32, torch.bfloat16, torch.float16)
+    if bias is not None:
+        check_shape("bias", bias, (outputs,))
+    library = cpu_library() if device.type == "cpu" and width % 2 == 0 else None
+    if library is not None:
+        # The kernels take one source format a call; a checkpoint that mixes them is rare.
+        kinds = {part.dtype for part in parts}
+        sources = [part.contiguous() if len(kinds) == 1 else part.float() for part in parts]
+        from kvrelay_kernels.cpu.linear import pack
+
+        data, scale = pack(library, sources, dtype)
+        return LinearWeights(outputs, width, dtype, data, scale, bias, library)
+    stacked = torch.empty(
+        (outputs, width), dtype=torch.float32 if dtype == torch.int8 else dtype, device=device
+    )
+    start = 0
+    for part in parts:
+        stacked[start : start + part.shape[0]].copy_(part)
+        start += part.shape[0]
+    if dtype != torch.int8:
+        return LinearWeights(outputs, width, dtype, stacked, None, bias, None)
+    data, scale = quantise_int8_reference(stacked)
+    return LinearWeights(outputs, width, dtype, data, scale, bias, None)
+
+
+def linear(
+    x: torch.Tensor, weights: LinearWeights, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply packed rows by a projection.
+
+    Args:
+        x: `[rows, width]`; float32 where the compiled kernels run, else dtype of the weights (any
+            float dtype for int8).
+        weights: made for the device of `x`.
+        out: `[rows, outputs]` in the dtype of `x`, rows contiguous; allocated if None.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: shapes or dtypes do not match.
+    """
+    check_shape("x", x, (None, weights.width))
+    if out is None:
+        out = torch.empty((x.shape[0], weights.outputs), dtype=x.dtype, device=x.device)
+    else:
+        check_shape("out", out, (x.shape[0], weights.outputs))
+        check_dtype("out", out, x.dtype)
+    if weights.library is None:
+        if weights.scale is None and out.is_contiguous():
+            check_dtype("x", x, weights.dtype)
+            return (
+                torch.addmm(weights.bias, x, weights.data.T, out=out)
+                if (weights.bias is not None)
+                else torch.mm(x, weights.data.T, out=out)
+            )
+        return out.copy_(linear_reference(x, weights.data, weights.scale, weights.bias))
+    check_dtype("x", x, torch.float32)
+    if x.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError("the rows of x and out must be contiguous")
+    from kvrelay_kernels.cpu.linear import linear_cpu
+
+    linear_cpu(weights.library, x, weights.data, weights.dtype, weights.scale, weights.bias, out)
+    return out
