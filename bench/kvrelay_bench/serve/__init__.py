@@ -1,0 +1,1 @@
+"""`kvrelay bench serve`: load against any OpenAI-compatible server."""
