@@ -7,33 +7,42 @@ Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (arXiv:
 
 import torch
 
-from kvrelay_kernels.checks import check_shape
+from kvrelay_kernels.checks import check_dtype, check_shape
+from kvrelay_kernels.reference.rms_norm import add_rms_norm_reference, rms_norm_reference
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Normalise the last dimension of `x`.
 
     Args:
         x: `[..., n]`, any float dtype.
         weight: `[n]`, dtype of `x`.
         eps: added to the mean square.
+        out: shape and dtype of `x`; None allocates.
 
     Returns:
-        A new tensor, shape and dtype of `x`.
+        `out`.
 
     Raises:
-        ValueError: `weight` does not match the last dimension.
+        ValueError: shapes or dtypes do not match.
     """
-    check_shape("weight", weight, (x.shape[-1],))
-    # The mean of squares overflows float16 and loses half of bfloat16's digits: always float32. The
-    # cast comes before the weight, as in the implementations the checkpoints were trained with.
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    out = _checked_out(x, weight, out)
+    if x.device.type == "cuda":
+        from kvrelay_kernels.cuda.rms_norm import rms_norm_cuda
+
+        return rms_norm_cuda(x, weight, eps, out=out)
+    return rms_norm_reference(x, weight, eps, out=out)
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Add `x` into `residual` in place and return the sum normalised.
 
@@ -42,13 +51,29 @@ def add_rms_norm(
         residual: shape and dtype of `x`; holds `residual + x` afterwards.
         weight: `[n]`, dtype of `x`.
         eps: added to the mean square.
+        out: shape and dtype of `x`; None allocates. It may be `x` itself.
 
     Returns:
-        A new tensor, shape and dtype of `x`.
+        `out`.
 
     Raises:
-        ValueError: the shapes do not match.
+        ValueError: shapes or dtypes do not match.
     """
     check_shape("residual", residual, tuple(x.shape))
-    residual.add_(x)
-    return rms_norm(residual, weight, eps)
+    check_dtype("residual", residual, x.dtype)
+    out = _checked_out(x, weight, out)
+    if x.device.type == "cuda":
+        from kvrelay_kernels.cuda.rms_norm import add_rms_norm_cuda
+
+        return add_rms_norm_cuda(x, residual, weight, eps, out=out)
+    return add_rms_norm_reference(x, residual, weight, eps, out=out)
+
+
+def _checked_out(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    check_shape("weight", weight, (x.shape[-1],))
+    check_dtype("weight", weight, x.dtype)
+    if out is None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    check_shape("out", out, tuple(x.shape))
+    check_dtype("out", out, x.dtype)
+    return out

@@ -1,26 +1,11 @@
-"""Writing single slots, and moving whole blocks to and from one buffer."""
+"""Moving whole blocks to and from one buffer."""
 
 import pytest
 import torch
 
 from kvrelay_kernels.kv_gather import kv_gather, kv_scatter
-from kvrelay_kernels.kv_write import kv_write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kv_write_touches_exactly_its_slots(dtype):
-    torch.manual_seed(0)
-    cache = torch.randn(2, 4, 3, 2, 5).to(dtype)
-    expected = cache.clone()
-    fused = torch.randn(4, 4, 5).to(dtype)
-    slots = torch.tensor([11, 0, 4, 7])
-    kv_write(fused[:, :2], fused[:, 2:], cache[0], cache[1], slots)
-    for row, slot in enumerate(slots.tolist()):
-        expected[0, slot // 3, slot % 3] = fused[row, :2]
-        expected[1, slot // 3, slot % 3] = fused[row, 2:]
-    assert torch.equal(cache, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,14 +29,6 @@ def test_gather_and_scatter_are_inverse(blocks, dtype):
 
 
 def test_wrong_shapes_are_named():
-    cache = torch.zeros(4, 3, 2, 5)
-    rows = torch.zeros(2, 2, 5)
-    with pytest.raises(ValueError, match="key has shape"):
-        kv_write(rows, rows, cache, cache, torch.tensor([1]))
-    with pytest.raises(ValueError, match="slots has dtype"):
-        kv_write(rows, rows, cache, cache, torch.tensor([1, 2], dtype=torch.int32))
-    with pytest.raises(ValueError, match="key has dtype"):
-        kv_write(rows.half(), rows.half(), cache, cache, torch.tensor([1, 2]))
     pool = torch.zeros(1, 2, 4, 3, 2, 5)
     with pytest.raises(ValueError, match="out has shape"):
         kv_gather(pool, torch.tensor([0, 1]), torch.zeros(1, 2, 1, 3, 2, 5))
