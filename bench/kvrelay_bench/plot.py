@@ -91,6 +91,17 @@ def series_style(index: int) -> dict[str, Any]:
     }
 
 
+def use_log_scale(axes: "Axes", *, vertical: bool = False) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    (axes.set_yscale if vertical else axes.set_xscale)("log")
+    axis = axes.yaxis if vertical else axes.xaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
+
+
 def draw_cdf(
     axes: "Axes", series: dict[str, Sequence[float]], *, label: str, log: bool = True
 ) -> None:
@@ -109,7 +120,7 @@ def draw_cdf(
         shares = [(place + 1) / len(ordered) for place in range(len(ordered))]
         axes.step(ordered, shares, where="post", label=name, **series_style(index))
     if log and any(value > 0 for values in series.values() for value in values):
-        axes.set_xscale("log")
+        use_log_scale(axes)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel(label)
     axes.set_ylabel("share of all")

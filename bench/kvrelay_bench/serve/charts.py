@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvrelay_bench.plot import COLOURS, draw_cdf, panels
 from kvrelay_bench.serve.client import Answer, Outcome
@@ -17,7 +17,7 @@ _MILLISECONDS = 1e3
 
 def draw(path: Path, runs: Mapping[str, LoadRun], *, title: str) -> None:
     """Three distributions over all loads, then a timeline of each load."""
-    with panels(path, 3 + len(runs), columns=3, title=title) as axes:
+    with panels(path, 3 + len(runs), columns=2, title=title) as axes:
         for place, (name, label) in enumerate(
             (("ttft", "TTFT (ms)"), ("itl", "ITL, gap between chunks (ms)"), ("tpot", "TPOT (ms)"))
         ):
@@ -36,21 +36,22 @@ def _values(name: str, run: LoadRun) -> Sequence[float]:
 
 
 def _timeline(axes: "Axes", load: str, run: LoadRun) -> None:
-    """A bar for each request, from sending to its end: waiting in one colour, answering in another."""
-    for row, sample in enumerate(run.samples):
-        answer = sample.answer
-        sent, end = answer.sent - run.began, (answer.ended or run.ended) - run.began
-        first = answer.chunks[0] - run.began if answer.chunks else end
-        bar: dict[str, Any] = {"height": 0.8, "linewidth": 0.0}
-        axes.barh(row, first - sent, left=sent, color=COLOURS[4], **bar)
-        axes.barh(row, end - first, left=first, color=COLOURS[0], **bar)
-        if _failed(answer):
-            axes.plot([end], [row], marker="x", color=COLOURS[1], markersize=4)
-    # Empty bars, for the legend.
-    axes.barh(0, 0, color=COLOURS[4], label="waiting for the first token")
-    axes.barh(0, 0, color=COLOURS[0], label="answering")
-    if any(_failed(sample.answer) for sample in run.samples):
-        axes.plot([], [], "x", color=COLOURS[1], label="failed")
+    """A line for each request, from sending to its end: waiting in one colour, answering in another."""
+    rows = range(len(run.samples))
+    answers = [sample.answer for sample in run.samples]
+    sent = [answer.sent - run.began for answer in answers]
+    end = [(answer.ended or run.ended) - run.began for answer in answers]
+    first = [
+        answer.chunks[0] - run.began if answer.chunks else ended
+        for answer, ended in zip(answers, end, strict=True)
+    ]
+    width = min(6.0, 160 / max(1, len(rows)))
+    axes.hlines(rows, sent, first, color=COLOURS[4], linewidth=width, label="until the first token")
+    axes.hlines(rows, first, end, color=COLOURS[0], linewidth=width, label="answering")
+    failed = [row for row in rows if _failed(answers[row])]
+    if failed:
+        places = [end[row] for row in failed]
+        axes.plot(places, failed, "x", color=COLOURS[1], markersize=4, label="failed")
     axes.set_xlabel("time (s)")
     axes.set_ylabel("request, in order of arrival")
     axes.set_title(load)

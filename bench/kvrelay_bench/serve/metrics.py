@@ -1,8 +1,8 @@
 """From what the client saw to the numbers people compare.
 
 - TTFT: sending to the first piece of text.
-- ITL: gap between two pieces of text of one answer, pooled over all answers. A piece may hold several
-  tokens (a slow reader, a byte of a character held back, speculative decoding); ITL then means little,
+- ITL: gap between two pieces of text of one answer, pooled over all answers. Several tokens may come at
+  once (a slow reader, a byte of a character held back, speculative decoding); ITL then means little,
   so the share of tokens that came alone is reported with it.
 - TPOT: (E2E - TTFT) / (n - 1) of one answer of n tokens; none for a single token.
 - E2E: sending to the end of the stream.
@@ -124,7 +124,7 @@ class Point:
     latencies: dict[str, Quantiles | None]
     """By the names in `LATENCIES`."""
     single_token_share: float | None
-    """Tokens that came in a piece of text of their own; below 1, ITL is not per token."""
+    """Tokens that were read alone, at least; below 1, ITL is not per token."""
     objectives: str | None
     good: int | None
     goodput: float | None
@@ -145,7 +145,7 @@ class Point:
             found.append(f"the client sent late: p99 {self.client_lag.p99 * 1e3:.0f} ms")
         if self.single_token_share is not None and self.single_token_share < 0.99:
             share = 1 - self.single_token_share
-            found.append(f"{share:.0%} of the tokens shared a chunk: ITL is per chunk, see TPOT")
+            found.append(f"up to {share:.0%} of the tokens came together: read TPOT, not ITL")
         if self.short_answers:
             found.append(f"{self.short_answers} answers are shorter than asked for")
         if self.interrupted:
@@ -211,21 +211,25 @@ def _cached_share(answers: Sequence[Answer]) -> float | None:
 
 
 def _single_token_share(answers: Sequence[Answer]) -> float | None:
-    """Exact where the server counts tokens in every chunk. Else a bound from below: with m tokens more
-    than pieces, at most 2 m of them can have come in company.
-    """
     told = [a for a in answers if a.completion_tokens]
     tokens = sum(a.completion_tokens or 0 for a in told)
-    if not tokens:
-        return None
-    company = 0
-    for answer in told:
-        if answer.counts:
-            sizes = [later - earlier for earlier, later in itertools.pairwise([0, *answer.counts])]
-            company += sum(size for size in sizes if size > 1)
-        else:
-            company += 2 * max(0, (answer.completion_tokens or 0) - len(answer.chunks))
-    return max(0.0, 1 - company / tokens)
+    return max(0.0, 1 - sum(map(_in_company, told)) / tokens) if tokens else None
+
+
+def _in_company(answer: Answer) -> int:
+    """Tokens that were read together with others.
+
+    Exact where the server counts tokens in every chunk. Else a bound from above: m tokens more than
+    pieces of text are at most 2 m tokens in shared pieces.
+    """
+    sizes = [1] * len(answer.chunks)
+    if answer.counts:
+        sizes = [later - earlier for earlier, later in itertools.pairwise([0, *answer.counts])]
+    reads: Counter[float] = Counter()
+    for when, size in zip(answer.chunks, sizes, strict=True):
+        reads[when] += size
+    unseen = 0 if answer.counts else max(0, answer.tokens - len(answer.chunks))
+    return sum(size for size in reads.values() if size > 1) + 2 * unseen
 
 
 def requests_of(run: LoadRun) -> list[dict[str, Any]]:
