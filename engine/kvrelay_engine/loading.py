@@ -9,6 +9,7 @@ from kvrelay_engine.models.decoder import Decoder
 from kvrelay_engine.models.dtypes import resolve_dtype
 from kvrelay_engine.models.weights import Progress, load_model_config, load_weights
 from kvrelay_engine.runner import ModelRunner
+from kvrelay_kernels.cpu.library import cpu_library
 
 
 def load_engine(
@@ -18,6 +19,8 @@ def load_engine(
     dtype: str,
     num_blocks: int,
     block_size: int,
+    max_step_tokens: int = 0,
+    quantization: str | None = None,
     progress: Progress | None = None,
 ) -> ModelRunner:
     """Load a checkpoint and allocate its pool.
@@ -28,6 +31,8 @@ def load_engine(
         dtype: `float32`, `bfloat16`, `float16`, or `auto` (see `resolve_dtype`).
         num_blocks: blocks in the pool.
         block_size: tokens a block.
+        max_step_tokens: tokens of the largest step, for which activations are allocated at once.
+        quantization: None, or `int8` for projections of 8-bit weights with a scale for each output.
         progress: told about the checkpoint's bytes while they load.
 
     Raises:
@@ -37,9 +42,30 @@ def load_engine(
     """
     config = load_model_config(model_dir)
     target = torch.device(device)
-    chosen = getattr(
-        torch, resolve_dtype(dtype, config.checkpoint_dtype, on_gpu=target.type != "cpu")
+    chosen = getattr(torch, resolve_dtype(dtype, config.checkpoint_dtype))
+    if quantization not in {None, "int8"}:
+        raise ValueError(f"quantization {quantization!r} is none of int8, None")
+    weights = load_weights(
+        model_dir,
+        config,
+        device=target,
+        dtype=chosen,
+        quantization=quantization,
+        progress=progress,
     )
-    weights = load_weights(model_dir, config, device=target, dtype=chosen, progress=progress)
     pool = KVPool(config, num_blocks=num_blocks, block_size=block_size, device=target, dtype=chosen)
-    return ModelRunner(config, Decoder(config, weights), pool, target, chosen)
+    return ModelRunner(config, Decoder(config, weights), pool, max_step_tokens=max_step_tokens)
+
+
+def set_compute_threads(threads: int) -> None:
+    """How many threads a step uses; at least 1.
+
+    Torch gets one where the compiled kernels have their own: its threads would spin for the same cores
+    after each of its own few ops.
+    """
+    library = cpu_library()
+    if library is None:
+        torch.set_num_threads(threads)
+        return
+    library.set_threads(threads)
+    torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from kvrelay_engine.batch import Batch, LayersDone, SequenceSlice, StepResult
 from kvrelay_engine.cache.pool import KVPool
 from kvrelay_engine.models.config import ModelConfig
 from kvrelay_engine.models.decoder import Decoder, PackedTokens
+from kvrelay_engine.models.forward import ForwardPass
 from kvrelay_engine.sampler.sampler import PreparedSampling, prepare_sampling, sample_tokens
 from kvrelay_kernels.paged_attention import attention_layout
 from kvrelay_protocol.errors import InternalError, KvrelayError
@@ -39,18 +40,14 @@ class ModelRunner:
     """Runs steps of one model over one pool. Not for use from several threads at once."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        decoder: Decoder,
-        pool: KVPool,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, config: ModelConfig, decoder: Decoder, pool: KVPool, *, max_step_tokens: int = 0
     ) -> None:
+        """`max_step_tokens` sizes the activations; a larger step makes them grow."""
         self.config = config
         self.decoder = decoder
         self.pool = pool
-        self.device = device
-        self.dtype = dtype
+        self.device = pool.device
+        self._forward = ForwardPass(decoder, pool.tensor, max(max_step_tokens, pool.block_size))
 
     @torch.inference_mode()
     def step(
@@ -72,10 +69,10 @@ class ModelRunner:
         """
         prepared = self.prepare(batch)
         groups = _LayerGroups(layers_done, group_layers, self.config.num_layers)
-        hidden = self.decoder.forward(prepared.packed, self.pool.tensor, groups.kv_written)
+        kv_written = None if layers_done is None else groups.kv_written
+        logits = self._forward.run(prepared.packed, prepared.sampled_rows, kv_written)
         if not prepared.sampled_ids:
             return StepResult(tokens={})
-        logits = self.decoder.logits(hidden.index_select(0, prepared.sampled_rows))
         errors = _not_finite(logits, prepared.sampled_ids)
         tokens = sample_tokens(logits, prepared.sampling).tolist()
         rows = zip(prepared.sampled_ids, tokens, strict=True)

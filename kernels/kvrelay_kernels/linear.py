@@ -42,6 +42,19 @@ class LinearWeights:
         """What one pass over the weights reads."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
+    def dense(self) -> torch.Tensor:
+        """`[outputs, width]` as stored, without the scale; a copy where the weights are packed."""
+        if self.library is None:
+            return self.data
+        from kvrelay_kernels.cpu.linear import unpack
+
+        return unpack(self.data, self.dtype, self.outputs, self.width)
+
+
+def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a model stored in `dtype` computes in: on a CPU with compiled kernels always float32."""
+    return torch.float32 if device.type == "cpu" and cpu_library() is not None else dtype
+
 
 def pack_linear(
     parts: Sequence[torch.Tensor],
@@ -84,10 +97,12 @@ def pack_linear(
     for part in parts:
         stacked[start : start + part.shape[0]].copy_(part)
         start += part.shape[0]
-    if dtype != torch.int8:
-        return LinearWeights(outputs, width, dtype, stacked, None, bias, None)
-    data, scale = quantise_int8_reference(stacked)
-    return LinearWeights(outputs, width, dtype, data, scale, bias, None)
+    if dtype == torch.int8:
+        data, scale = quantise_int8_reference(stacked)
+        return LinearWeights(outputs, width, dtype, data, scale, bias, None)
+    # An odd width on a CPU: torch multiplies, and wants the weights in the dtype of the activations.
+    data = stacked.to(activation_dtype(device, dtype))
+    return LinearWeights(outputs, width, data.dtype, data, None, bias, None)
 
 
 def linear(

@@ -9,7 +9,6 @@ import pytest
 from kvrelay.cli import stack
 from kvrelay.cli.main import main
 from kvrelay.cli.preflight import count_parameters
-from kvrelay_engine.models import dtypes
 from kvrelay_infra.host import Memory, free_port
 
 from .conftest import CONFIG, KV_BYTES_PER_TOKEN, write_safetensors
@@ -29,7 +28,6 @@ def no_process_starts(monkeypatch):
 
     monkeypatch.setattr(stack, "Supervisor", refuse)
     monkeypatch.setattr(stack, "count_gpus", lambda: 0)
-    monkeypatch.setattr(dtypes, "cpu_has_bfloat16", lambda: False)
     monkeypatch.setattr(stack, "read_memory", lambda: Memory(16 * GIB, 16 * GIB))
     return Started
 

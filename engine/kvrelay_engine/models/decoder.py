@@ -126,9 +126,7 @@ class Decoder:
             if index == 0:
                 rms_norm(work.residual, layer.input_norm, eps, out=work.normed)
             else:
-                add_rms_norm(
-                    work.projected, work.residual, layer.input_norm, eps, out=work.normed
-                )
+                add_rms_norm(work.projected, work.residual, layer.input_norm, eps, out=work.normed)
             linear(work.normed, layer.qkv, out=work.qkv.flatten(1))
             keys, values = kv[index, 0], kv[index, 1]
             rotary_kv_write(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvrelay_engine.models.config import ModelConfig, eos_token_ids, parse_model_config
 from kvrelay_engine.models.decoder import DecoderWeights, LayerWeights
+from kvrelay_kernels.linear import LinearWeights, activation_dtype, pack_linear
 from kvrelay_protocol.errors import InvalidModel
 
 Progress = Callable[[int, int], None]
@@ -49,17 +50,27 @@ def load_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    quantization: str | None = None,
     progress: Progress | None = None,
 ) -> DecoderWeights:
-    """Load and fuse the weights, cast to `dtype`.
+    """Load, fuse and pack the weights.
 
-    Every name and shape is checked against the headers before the first byte is read.
+    Every name and shape is checked against the headers before the first byte is read. The files are
+    mapped: each tensor goes from the page cache to its packed place in one pass.
+
+    Args:
+        model_dir: a folder with safetensors.
+        config: its configuration.
+        device: where the model will run.
+        dtype: what the weights are stored in.
+        quantization: None, or `int8` for the projections.
+        progress: told about the checkpoint's bytes.
 
     Raises:
         InvalidModel: no safetensors, a missing tensor, a wrong shape, an unreadable file.
     """
     try:
-        with _Checkpoint(model_dir, device, dtype, progress) as checkpoint:
+        with _Checkpoint(model_dir, device, dtype, quantization, progress) as checkpoint:
             return _assemble(checkpoint, config)
     except (SafetensorError, OSError) as error:
         raise InvalidModel(f"cannot read the weights in {model_dir}: {error}") from error
@@ -138,28 +149,24 @@ def _assemble(checkpoint: "_Checkpoint", config: ModelConfig) -> DecoderWeights:
     # A tied head is the embedding again: once is enough. The order makes errors repeatable.
     checkpoint.expect(tuple(dict.fromkeys((embedding, *within, final_norm, head))))
 
-    first = checkpoint.take((embedding,))
+    table_weights = checkpoint.take_embedding(embedding)
     layers = tuple(_load_layer(checkpoint, plan) for plan in plans)
-    norm = checkpoint.take((final_norm,))
-    last = first if config.tie_word_embeddings else checkpoint.take((head,))
-    return DecoderWeights(embedding=first, layers=layers, final_norm=norm, head=last)
+    norm = checkpoint.take(final_norm)
+    last = checkpoint.take_linear((head,), (), counted=not config.tie_word_embeddings)
+    return DecoderWeights(embedding=table_weights, layers=layers, final_norm=norm, head=last)
 
 
 def _load_layer(checkpoint: "_Checkpoint", plan: _LayerPlan) -> LayerWeights:
-    take, maybe = checkpoint.take, checkpoint.take_optional
+    take, linear = checkpoint.take, checkpoint.take_linear
     return LayerWeights(
-        input_norm=take(plan.input_norm),
-        qkv=take(plan.qkv),
-        qkv_bias=maybe(plan.qkv_bias),
-        query_norm=maybe(plan.query_norm),
-        key_norm=maybe(plan.key_norm),
-        output=take(plan.output),
-        output_bias=maybe(plan.output_bias),
-        post_attention_norm=take(plan.post_attention_norm),
-        gate_up=take(plan.gate_up),
-        gate_up_bias=maybe(plan.gate_up_bias),
-        down=take(plan.down),
-        down_bias=maybe(plan.down_bias),
+        input_norm=take(*plan.input_norm),
+        qkv=linear(plan.qkv, plan.qkv_bias),
+        query_norm=take(*plan.query_norm) if plan.query_norm else None,
+        key_norm=take(*plan.key_norm) if plan.key_norm else None,
+        output=linear(plan.output, plan.output_bias),
+        post_attention_norm=take(*plan.post_attention_norm),
+        gate_up=linear(plan.gate_up, plan.gate_up_bias),
+        down=linear(plan.down, plan.down_bias),
     )
 
 
@@ -167,11 +174,18 @@ class _Checkpoint:
     """Open safetensors files of one folder; closes them on exit."""
 
     def __init__(
-        self, model_dir: Path, device: torch.device, dtype: torch.dtype, progress: Progress | None
+        self,
+        model_dir: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None,
+        progress: Progress | None,
     ) -> None:
         self._model_dir = model_dir
         self._device = device
         self._dtype = dtype
+        self._linear_dtype = torch.int8 if quantization == "int8" else dtype
+        self._activation_dtype = activation_dtype(device, dtype)
         self._progress = progress
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
@@ -206,22 +220,36 @@ class _Checkpoint:
                 )
             self._bytes_total += math.prod(shape) * _stored_bytes(part.name, stored.get_dtype())
 
-    def take(self, parts: tuple[_Part, ...]) -> torch.Tensor:
-        """One tensor on the device, its parts stacked along the first dimension."""
-        rows = sum(part.shape[0] for part in parts)
-        fused = torch.empty((rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
-        start = 0
-        for part in parts:
-            stored = self._open(self._file_of[part.name]).get_tensor(part.name)
-            fused[start : start + part.shape[0]].copy_(stored)
-            start += part.shape[0]
-            self._bytes_done += stored.nbytes
-            if self._progress is not None:
-                self._progress(self._bytes_done, self._bytes_total)
-        return fused
+    def take(self, *parts: _Part) -> torch.Tensor:
+        """Norm or bias: stacked on the device, in the dtype of the activations."""
+        stored = [self._read(part) for part in parts]
+        return torch.cat([part.to(self._device, self._activation_dtype) for part in stored])
 
-    def take_optional(self, parts: tuple[_Part, ...]) -> torch.Tensor | None:
-        return self.take(parts) if parts else None
+    def take_embedding(self, part: _Part) -> torch.Tensor:
+        """On a CPU the mapped file itself, if it needs no rounding: only the rows of a step are read."""
+        stored = self._read(part)
+        if self._device.type == "cpu" and stored.dtype.itemsize <= self._dtype.itemsize:
+            return stored
+        return stored.to(self._device, self._dtype)
+
+    def take_linear(
+        self, parts: tuple[_Part, ...], bias: tuple[_Part, ...], *, counted: bool = True
+    ) -> LinearWeights:
+        """One projection, its parts stacked along the outputs."""
+        return pack_linear(
+            [self._read(part, counted=counted) for part in parts],
+            device=self._device,
+            dtype=self._linear_dtype,
+            bias=self.take(*bias) if bias else None,
+        )
+
+    def _read(self, part: _Part, *, counted: bool = True) -> torch.Tensor:
+        """A view of the mapped file."""
+        stored: torch.Tensor = self._open(self._file_of[part.name]).get_tensor(part.name)
+        self._bytes_done += stored.nbytes if counted else 0
+        if self._progress is not None and counted:
+            self._progress(self._bytes_done, self._bytes_total)
+        return stored
 
     def _slice(self, name: str) -> Any:
         try:

@@ -18,6 +18,8 @@ class WorkerConfig:
     device: str = "cpu"
     """`cpu` or `cuda` or `cuda:N`; `auto` is resolved by the command before this is built."""
     dtype: str = "auto"
+    quantization: str = "none"
+    """`int8`: the projections' weights are rounded to 8 bits when they are loaded."""
     block_size: int = 16
     """Tokens per KV block."""
     num_blocks: int = 0
@@ -31,7 +33,7 @@ class WorkerConfig:
     """Sequences in one step."""
     transport: str = "ucx"
     threads: int = 0
-    """Intra-op threads of the engine; 0 leaves torch's choice within the cgroup's cores."""
+    """Threads of a step on a CPU; 0 takes as many as torch would."""
     staging_bytes: int = 4 * 1024 * 1024
     """One staging buffer, and with it the largest transfer message."""
     staging_buffers: int = 32

@@ -100,17 +100,16 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
         import torch
 
         from kvrelay_engine.cache.sizing import kv_bytes_per_block
-        from kvrelay_engine.loading import load_engine
+        from kvrelay_engine.loading import load_engine, set_compute_threads
         from kvrelay_engine.models.dtypes import DTYPE_BYTES, resolve_dtype
         from kvrelay_engine.models.weights import load_model_config
         from kvrelay_engine.runtime.warmup import fingerprint, warm_up
 
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        set_compute_threads(config.threads or torch.get_num_threads())
         _check_device(config.device)
     model = load_model_config(config.model_dir)
     on_gpu = config.device != "cpu"
-    dtype = resolve_dtype(config.dtype, model.checkpoint_dtype, on_gpu=on_gpu)
+    dtype = resolve_dtype(config.dtype, model.checkpoint_dtype)
     block_bytes = kv_bytes_per_block(model, config.block_size, DTYPE_BYTES[dtype])
     num_blocks = config.num_blocks or config.kv_memory_bytes // block_bytes
     wanted = config.max_model_len or model.max_position_embeddings
@@ -129,6 +128,8 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
                 dtype=config.dtype,
                 num_blocks=num_blocks,
                 block_size=config.block_size,
+                max_step_tokens=config.max_batch_tokens + config.max_sequences,
+                quantization=None if config.quantization == "none" else config.quantization,
                 progress=LoadProgress(phases),
             )
         except (MemoryError, torch.OutOfMemoryError) as error:

@@ -4,6 +4,9 @@ import ctypes
 import functools
 import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -14,6 +17,10 @@ log = logging.getLogger(__name__)
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """How the C++ side numbers storage formats (`Format` in ops.hpp)."""
+
+
+class NotNative(Exception):
+    """An op that is being recorded has no compiled kernel for these tensors."""
 
 
 class Count(ctypes.Structure):
@@ -29,6 +36,13 @@ class OpArgs(ctypes.Structure):
     """NAME in `KVR_OP(NAME)`."""
 
 
+class _Recording(threading.local):
+    """What this thread is recording, if it is: another thread's step must not land on its tape."""
+
+    calls: list[OpArgs] | None = None
+    rows: int | None = None
+
+
 class CpuLibrary:
     """The loaded shared library. Ops run on the calling thread and on the library's own threads.
 
@@ -40,14 +54,32 @@ class CpuLibrary:
         # The GIL is released during a call: tokens are written to sockets while a step computes.
         self._handle = ctypes.CDLL(path)
         self._functions: dict[type[OpArgs], ctypes._NamedFuncPointer] = {}
+        self._recording = _Recording()
 
     def run(self, args: OpArgs) -> None:
-        """Run the op that `args` belongs to."""
+        """Run the op that `args` belongs to, or add it to the tape that this thread records."""
+        if self._recording.calls is not None:
+            self._recording.calls.append(args)
+            return
         self.function(type(args))(ctypes.byref(args))
 
     def rows(self, tensor: torch.Tensor) -> Count:
-        """The size of the first dimension, as an op's count."""
-        return Count(tensor.shape[0], None)
+        """The size of the first dimension; while a tape is recorded, whatever its replay will say."""
+        return Count(tensor.shape[0], self._recording.rows)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether this thread is."""
+        return self._recording.calls is not None
+
+    @contextmanager
+    def recording(self, calls: list[OpArgs], rows: int) -> Iterator[None]:
+        """Collect this thread's ops instead of running them; `rows` is the address of their row count."""
+        self._recording.calls, self._recording.rows = calls, rows
+        try:
+            yield
+        finally:
+            self._recording.calls, self._recording.rows = None, None
 
     def function(self, kind: type[OpArgs]) -> "ctypes._NamedFuncPointer":
         """The C function of an op.
@@ -93,11 +125,26 @@ def cpu_library() -> CpuLibrary | None:
         return None
 
 
-def native(*tensors: torch.Tensor | None) -> CpuLibrary | None:
-    """The library, if it can take these tensors: on the CPU, in float32, rows contiguous."""
-    for tensor in tensors:
-        if tensor is not None and (
-            tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.stride(-1) != 1
-        ):
-            return None
-    return cpu_library()
+def native(*tensors: torch.Tensor | None, supported: bool = True) -> CpuLibrary | None:
+    """The library, if it can take these tensors: on the CPU, in float32, rows contiguous.
+
+    Args:
+        tensors: the activations of the op.
+        supported: False where the kernel has another limit that these arguments exceed.
+
+    Raises:
+        NotNative: it can't, and this thread is recording a tape: torch would not be on it.
+    """
+    library = cpu_library()
+    fits = supported and all(
+        tensor is None
+        or (
+            tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.stride(-1) == 1
+        )
+        for tensor in tensors
+    )
+    if fits or library is None:
+        return library
+    if library.is_recording:
+        raise NotNative
+    return None

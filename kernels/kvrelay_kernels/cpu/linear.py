@@ -79,6 +79,15 @@ def pack(
     return packed, scale
 
 
+def unpack(packed: torch.Tensor, dtype: torch.dtype, outputs: int, width: int) -> torch.Tensor:
+    """The stored numbers again as `[outputs, width]`."""
+    if dtype in {torch.bfloat16, torch.int8}:
+        tiles = packed.view(dtype).view(-1, width // 2, TILE, 2).permute(0, 2, 1, 3)
+    else:
+        tiles = packed.view(dtype).view(-1, width, TILE).permute(0, 2, 1)
+    return tiles.reshape(-1, width)[:outputs].contiguous()
+
+
 def linear_cpu(
     library: CpuLibrary,
     x: torch.Tensor,

@@ -62,9 +62,6 @@ def _machine() -> Iterator[str]:
     yield _pair("system", f"{platform.system()} {platform.release()} {platform.machine()}")
     yield _pair("libc", " ".join(platform.libc_ver()) or "unknown")
     yield _pair("cores", f"{read_cores()} usable")
-    from kvrelay_engine.models.dtypes import cpu_has_bfloat16
-
-    yield _pair("bfloat16", "native" if cpu_has_bfloat16() else "emulated, float32 is used")
     memory = read_memory()
     yield _pair("memory", f"{format_size(memory.available)} of {format_size(memory.total)} free")
 
@@ -89,7 +86,9 @@ def _devices(problems: list[str]) -> Iterator[str]:
     yield _pair(
         "torch cuda", f"{torch.version.cuda or 'CPU build'}, {'usable' if cuda else 'not usable'}"
     )
-    yield _pair("threads", f"{torch.get_num_threads()} in torch")
+    from kvrelay_kernels.cpu.library import cpu_library
+
+    yield _pair("cpu kernels", "torch, which is slower" if cpu_library() is None else "compiled")
     if gpus and not cuda:
         yield _pair("note", "the driver shows a GPU that this torch can't use")
 

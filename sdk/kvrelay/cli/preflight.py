@@ -179,6 +179,7 @@ def plan_memory(
     values: SimpleNamespace,
     *,
     dtype_bytes: int,
+    weight_bytes: int,
     available: int,
     on_gpu: bool,
 ) -> MemoryPlan:
@@ -208,7 +209,7 @@ def plan_memory(
             f"a sequence of {tokens} needs {format_size(need)}"
             + ("; raise it or lower --max-model-len" if asked else "; raise it")
         )
-    weights = model.parameters * dtype_bytes
+    weights = model.parameters * weight_bytes
     pool = num_blocks * block
     workers = values.prefill + values.decode
     overhead = _WORKER_BYTES + values.staging * values.staging_buffers

@@ -75,6 +75,7 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
         join_token=values.join_token,
         device=resolve_device(values.device),
         dtype=values.dtype,
+        quantization=values.quantization,
         block_size=values.block_size,
         kv_memory_bytes=values.kv_memory,
         max_model_len=values.max_model_len,

@@ -66,11 +66,12 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
     )
     model = check_model(values.model, values.revision)
     on_gpu = gpus > 0 and not values.device.startswith("cpu")
-    dtype = resolve_dtype(values.dtype, model.config.checkpoint_dtype, on_gpu=on_gpu)
+    dtype = resolve_dtype(values.dtype, model.config.checkpoint_dtype)
     memory = plan_memory(
         model,
         values,
         dtype_bytes=DTYPE_BYTES[dtype],
+        weight_bytes=1 if values.quantization == "int8" else DTYPE_BYTES[dtype],
         available=read_memory().available,
         on_gpu=on_gpu,
     )

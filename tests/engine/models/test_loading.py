@@ -17,7 +17,7 @@ def test_load_engine_builds_a_runner():
         block_size=8,
         progress=lambda *call: calls.append(call),
     )
-    assert runner.dtype == runner.pool.dtype == torch.bfloat16
+    assert runner.pool.dtype == torch.bfloat16
     assert runner.pool.tensor.shape == (3, 2, 5, 8, 2, 32)
     assert runner.config == load_model_config(tiny_model("qwen3"))
     assert calls

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny_model, tiny_model
 
 from kvrelay_engine.models.weights import load_model_config, load_weights
+from kvrelay_kernels.linear import activation_dtype
 from kvrelay_protocol.errors import InvalidModel, UnsupportedModel
 
 CPU = torch.device("cpu")
@@ -43,16 +44,16 @@ def test_projections_are_fused_in_order(folder):
     for index, layer in enumerate(weights.layers):
         attention = f"model.layers.{index}.self_attn"
         parts = [tensors[f"{attention}.{name}_proj.weight"] for name in "qkv"]
-        assert torch.equal(layer.qkv, torch.cat(parts))
+        assert torch.equal(layer.qkv.dense(), torch.cat(parts))
         mlp = f"model.layers.{index}.mlp"
         gates = [tensors[f"{mlp}.{name}_proj.weight"] for name in ("gate", "up")]
-        assert torch.equal(layer.gate_up, torch.cat(gates))
-    assert torch.equal(weights.head, tensors["lm_head.weight"])
+        assert torch.equal(layer.gate_up.dense(), torch.cat(gates))
+    assert torch.equal(weights.head.dense(), tensors["lm_head.weight"])
 
 
-def test_a_tied_head_is_the_embedding_itself():
+def test_a_tied_head_is_the_embedding():
     weights = load(tiny_model("llama3"))
-    assert weights.head is weights.embedding
+    assert torch.equal(weights.head.dense(), weights.embedding)
 
 
 def test_a_sharded_checkpoint_loads_every_tensor():
@@ -61,17 +62,19 @@ def test_a_sharded_checkpoint_loads_every_tensor():
     assert len(shards) > 1
     tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     weights = load(path)
-    assert torch.equal(weights.layers[2].down, tensors["model.layers.2.mlp.down_proj.weight"])
+    assert torch.equal(
+        weights.layers[2].down.dense(), tensors["model.layers.2.mlp.down_proj.weight"]
+    )
     assert torch.equal(weights.final_norm, tensors["model.norm.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_are_cast(dtype):
     wide, cast = load(tiny_model("qwen2")), load(tiny_model("qwen2"), dtype)
-    bias = cast.layers[0].qkv_bias
+    bias = cast.layers[0].qkv.bias
     assert bias is not None
-    assert bias.dtype == dtype
-    assert torch.equal(cast.layers[1].down, wide.layers[1].down.to(dtype))
+    assert bias.dtype == activation_dtype(CPU, dtype)
+    assert torch.equal(cast.layers[1].down.dense(), wide.layers[1].down.dense().to(dtype))
 
 
 @pytest.mark.parametrize("family", ["llama2", "qwen3"])
@@ -201,8 +204,8 @@ def test_the_loader_does_not_need_transformers(tmp_path):
 def test_biases_of_every_kind_are_loaded(tmp_path):
     path = build_tiny_model("llama2", tmp_path, attention_bias=True, mlp_bias=True)
     layer = load(path).layers[0]
-    biases = (layer.qkv_bias, layer.output_bias, layer.gate_up_bias, layer.down_bias)
+    biases = tuple(projection.bias for projection in layer.projections)
     assert [None if bias is None else len(bias) for bias in biases] == [192, 64, 192, 64]
     config = replace(load_model_config(path), mlp_bias=False)
     weights = load_weights(path, config, device=CPU, dtype=torch.float32)
-    assert weights.layers[0].gate_up_bias is None
+    assert weights.layers[0].gate_up.bias is None

@@ -88,6 +88,8 @@ ENGINE = (
     Flag("--device", "cpu, cuda, cuda:N or auto", device, "auto", "engine", "DEVICE"),
     Flag("--dtype", "auto, float32, bfloat16 or float16",
          choice("auto", "float32", "bfloat16", "float16"), "auto", "engine", "DTYPE"),
+    Flag("--quantization", "none or int8: store the projections' weights in 8 bits",
+         choice("none", "int8"), "none", "engine", "METHOD"),
     Flag("--kv-memory", "KV pool of each worker", size(), 256 * MiB, "engine", "SIZE"),
     Flag("--block-size", "tokens in a KV block", integer(1, 1024), 16, "engine", "TOKENS"),
     Flag("--max-model-len", "tokens of prompt plus answer; 0: what model and pool hold",

@@ -1,0 +1,143 @@
+"""Packed projections against float64, in every storage format, and the same bits in every batch."""
+
+import pytest
+import torch
+
+from kvrelay_kernels.cpu.library import cpu_library
+from kvrelay_kernels.linear import activation_dtype, linear, pack_linear
+from kvrelay_kernels.reference.linear import linear_reference, quantise_int8_reference
+
+CPU = torch.device("cpu")
+FORMATS = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+# (outputs, width, rows): around tiles of 32 outputs, blocks of 256 and 512 inputs, and row blocks.
+SHAPES = [
+    (1, 2, 1),
+    (31, 64, 2),
+    (70, 62, 3),
+    (33, 1030, 13),
+    (256, 128, 49),
+    (100, 1536, 97),
+    (520, 510, 200),
+]
+TOLERANCE = {
+    # bfloat16 and int8: CPUs that multiply bfloat16 natively round the activations to it.
+    torch.float32: 2e-6,
+    torch.bfloat16: 4e-3,
+    torch.float16: 2e-6,
+    torch.int8: 1e-4,
+}
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def library(request):
+    library = cpu_library()
+    if library is None:
+        pytest.skip("no C++ compiler here")
+    before = library.threads
+    library.set_threads(request.param)
+    yield library
+    library.set_threads(before)
+
+
+def relative_error(found, expected):
+    assert found.isfinite().all()
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("outputs", "width", "rows"), SHAPES)
+def test_products_match_float64(library, outputs, width, rows, dtype):
+    weight, x, bias = torch.randn(outputs, width), torch.randn(rows, width), torch.randn(outputs)
+    parts = [part.contiguous() for part in weight.split(outputs // 3 + 1)]
+    weights = pack_linear(parts, device=CPU, dtype=dtype, bias=bias)
+    if dtype == torch.int8:
+        stored, scale = quantise_int8_reference(weight)
+        exact = stored.double() * scale.double().unsqueeze(1)
+        assert torch.equal(weights.dense(), stored)
+        assert (exact - weight).abs().amax() <= scale.amax() / 2 * 1.001
+    else:
+        exact = weight.to(dtype).double()
+        assert torch.equal(weights.dense(), weight.to(dtype))
+    out = torch.full((rows, outputs), float("nan"))
+    assert linear(x, weights, out=out) is out
+    assert relative_error(out, x.double() @ exact.T + bias.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_a_row_is_the_same_bits_in_every_batch(library, dtype):
+    weights = pack_linear([torch.randn(130, 1100)], device=CPU, dtype=dtype)
+    x = torch.randn(210, 1100)
+    together = linear(x, weights)
+    library.set_threads(3 - library.threads)
+    for size in (1, 2, 3, 5, 7, 11, 12, 13, 47, 48, 49, 96, 100):
+        assert torch.equal(linear(x[60 : 60 + size], weights), together[60 : 60 + size]), size
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_rows_may_be_strided(library, dtype):
+    weights = pack_linear([torch.randn(40, 64)], device=CPU, dtype=dtype)
+    x = torch.randn(9, 100)[:, 7:71]
+    wide = torch.full((9, 64), float("nan"))
+    linear(x, weights, out=wide[:, 10:50])
+    assert torch.equal(wide[:, 10:50], linear(x.contiguous(), weights))
+    assert wide[:, :10].isnan().all()
+    assert wide[:, 50:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(library, dtype, bad):
+    weights = pack_linear([torch.randn(40, 600)], device=CPU, dtype=dtype)
+    x = torch.randn(3, 600)
+    x[1, 5] = bad
+    out = linear(x, weights)
+    assert out[[0, 2]].isfinite().all()
+    assert not out[1].isfinite().any()
+
+
+def test_zeros_stay_zeros(library):
+    weights = pack_linear([torch.zeros(40, 64)], device=CPU, dtype=torch.int8)
+    assert torch.equal(linear(torch.randn(3, 64), weights), torch.zeros(3, 40))
+    weights = pack_linear([torch.randn(40, 64)], device=CPU, dtype=torch.int8)
+    assert torch.equal(linear(torch.zeros(3, 64), weights), torch.zeros(3, 40))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_checkpoint_format_is_packed_alike(library, stored):
+    weight = torch.randn(50, 96).to(stored)
+    for dtype in FORMATS[:3]:
+        weights = pack_linear([weight], device=CPU, dtype=dtype)
+        assert torch.equal(weights.dense(), weight.to(dtype))
+
+
+def test_no_rows_are_no_work(library):
+    weights = pack_linear([torch.randn(50, 96)], device=CPU, dtype=torch.bfloat16)
+    assert linear(torch.empty(0, 96), weights).shape == (0, 50)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    weights = pack_linear([torch.randn(50, 96)], device=CPU, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"x has shape \[3, 95\], expected \[\*, 96\]"):
+        linear(torch.randn(3, 95), weights)
+    with pytest.raises(ValueError, match=r"out has shape \[3, 49\], expected \[3, 50\]"):
+        linear(torch.randn(3, 96), weights, out=torch.empty(3, 49))
+    with pytest.raises(ValueError, match="bias has shape"):
+        pack_linear([torch.randn(50, 96)], device=CPU, dtype=torch.int8, bias=torch.ones(49))
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_an_odd_width_goes_through_torch(dtype):
+    weight, bias = torch.randn(50, 95), torch.randn(50)
+    x = torch.randn(3, 95).to(activation_dtype(CPU, dtype))
+    weights = pack_linear([weight], device=CPU, dtype=dtype, bias=bias.to(x.dtype))
+    assert weights.library is None
+    expected = linear_reference(x, weights.data, weights.scale, weights.bias)
+    torch.testing.assert_close(linear(x, weights), expected)
+    torch.testing.assert_close(
+        linear(x, weights).float(), x.float() @ weight.T + bias, atol=0.5, rtol=0.1
+    )
+
+
+def test_activations_are_float32_where_the_kernels_run(library):
+    assert activation_dtype(CPU, torch.bfloat16) == torch.float32
+    assert activation_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
