@@ -6,7 +6,11 @@ from fractions import Fraction
 import pytest
 import torch
 
+from kvrelay_engine.sampler.philox import uniforms as host_uniforms
 from kvrelay_kernels import sampling as op
+from kvrelay_kernels.cpu.library import cpu_library
+from kvrelay_kernels.reference import sampling as reference
+from kvrelay_kernels.reference.sampling import integer_weights, sample_reference
 
 
 def params(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5):
@@ -50,12 +54,9 @@ def test_greedy_takes_the_lowest_of_equals():
     assert op.greedy(logits).tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("candidates", [1, 3, 256])
-@pytest.mark.parametrize("scale", [0.3, 3.0])
-def test_matches_the_oracle_with_other_parameters_in_every_row(scale, candidates, monkeypatch):
-    monkeypatch.setattr(op, "_CANDIDATES", candidates)
-    generator = torch.Generator().manual_seed(1)
-    rows, vocabulary = 200, 37
+def mixed_case(rows, vocabulary, scale, seed=1):
+    """Logits, and parameters that differ from row to row."""
+    generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, vocabulary, generator=generator) * scale
 
     def pick(*values):
@@ -64,12 +65,23 @@ def test_matches_the_oracle_with_other_parameters_in_every_row(scale, candidates
 
     given = {
         "temperature": pick(0.2, 0.7, 1.0, 2.0).double(),
-        "top_k": pick(0, 1, 2, 5, 36, 37, 1000),
+        "top_k": pick(0, 1, 2, 5, vocabulary - 1, vocabulary, 1 << 20),
         "top_p": pick(0.05, 0.5, 0.9, 0.999, 1.0).double(),
         "min_p": pick(0.0, 0.05, 0.5, 1.0).double(),
         "uniform": torch.rand(rows, generator=generator, dtype=torch.float64),
     }
-    drawn = op.sample(logits, **given).tolist()
+    return logits, given
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.parametrize("draw", [op.sample, sample_reference], ids=["op", "reference"])
+@pytest.mark.parametrize("candidates", [1, 3, 256])
+def test_matches_the_oracle_with_other_parameters_in_every_row(
+    scale, draw, candidates, monkeypatch
+):
+    monkeypatch.setattr(reference, "_CANDIDATES", candidates)
+    logits, given = mixed_case(200, 37, scale)
+    drawn = draw(logits, **given).tolist()
     expected = [
         oracle(row.tolist(), *(given[name][index].item() for name in given))
         for index, row in enumerate(logits.double())
@@ -88,9 +100,41 @@ def test_a_row_is_the_same_alone_and_in_any_batch(monkeypatch):
         op.sample(logits[i : i + 1], **{k: v[i : i + 1] for k, v in given.items()}).item()
         for i in range(9)
     ]
-    monkeypatch.setattr(op, "_CPU_GROUP_BYTES", 1)
-    grouped = op.sample(logits, **given)
+    monkeypatch.setattr(reference, "_CPU_GROUP_BYTES", 1)
+    grouped = sample_reference(logits, **given)
     assert together.tolist() == backwards.tolist() == alone == grouped.tolist()
+
+
+@pytest.mark.skipif(cpu_library() is None, reason="no C++ compiler")
+def test_the_compiled_kernel_and_torch_agree_on_every_bit():
+    from kvrelay_kernels.cpu.sampling import integer_weights_cpu
+
+    for scale in (0.01, 1.0, 30.0):
+        logits, given = mixed_case(24, 20_011, scale, seed=3)
+        logits[:, ::7] = float("-inf")
+        weights = integer_weights(logits, given["temperature"])
+        native = integer_weights_cpu(cpu_library(), logits, given["temperature"])
+        assert torch.equal(native, weights)
+        assert op.sample(logits, **given).tolist() == sample_reference(logits, **given).tolist()
+
+
+def test_weights_are_within_one_unit_of_the_formula():
+    exponents = torch.cat([torch.linspace(0, -40, 20_001), torch.tensor([float("-inf")])])
+    weights = integer_weights(exponents.unsqueeze(0), torch.ones(1).double())[0].tolist()
+    for exponent, weight in zip(exponents.tolist(), weights, strict=True):
+        assert abs(weight - math.exp(exponent) * 2**40) <= 1.001
+    assert weights[0] == 2**40
+    assert weights[-1] == 0
+
+
+def test_rows_may_be_a_view():
+    logits, given = mixed_case(8, 64, 2.0)
+    wide = torch.randn(8, 100)
+    wide[:, 17:81] = logits
+    expected = op.sample(logits, **given)
+    assert torch.equal(op.sample(wide[:, 17:81], **given), expected)
+    transposed = logits.T.contiguous().T
+    assert torch.equal(op.sample(transposed, **given), expected)
 
 
 def test_frequencies_follow_the_softmax():
@@ -150,7 +194,60 @@ def test_a_large_vocabulary_does_not_overflow():
     assert op.sample(logits, **given).tolist() == [vocabulary - 1]
 
 
+def test_uniforms_equal_those_of_the_host():
+    seeds = [0, 1, 5, 2**64 - 1, 2**63, 2**40 + 7]
+    positions = [0, 3, 2**31, 2**33 + 1, 17, 1]
+    bits = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
+    drawn = op.uniforms(torch.tensor(bits), torch.tensor(positions))
+    assert drawn.dtype == torch.float64
+    assert drawn.tolist() == host_uniforms(seeds, positions).tolist()
+
+
+def penalty_case():
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5], [1.0, 1.0, 1.0, 1.0]])
+    given = {
+        "token_ids": torch.tensor([0, 1, 3, 2]),
+        "pair_rows": torch.tensor([0, 0, 0, 1]),
+        "output_counts": torch.tensor([0, 3, 1, 2], dtype=torch.int32),
+        "presence": torch.tensor([0.5, 0.0]),
+        "frequency": torch.tensor([0.25, 1.0]),
+        "repetition": torch.tensor([2.0, 1.0]),
+    }
+    return logits, given
+
+
+def test_penalties_follow_their_formulas():
+    logits, given = penalty_case()
+    assert op.apply_penalties(logits, **given) is None
+    # Repetition on what prompt and output hold, the others on what the output holds.
+    assert logits.tolist() == [
+        [2.0 / 2, -2.0 * 2 - 3 * 0.25 - 0.5, 1.0, 0.5 / 2 - 0.25 - 0.5],
+        [1.0, 1.0, 1.0 - 2.0, 1.0],
+    ]
+
+
+def test_logprobs_are_those_of_the_softmax_and_ties_go_by_id():
+    logits = torch.tensor([[1.0, 3.0, 3.0, -1.0, 3.0], [0.0, -0.0, -5.0, -7.0, -6.0]])
+    found = op.token_logprobs(logits, torch.tensor([0, 3]), 4)
+    expected = logits.double().log_softmax(-1)
+    assert found.rank.tolist() == [4, 5]
+    assert found.top_ids.tolist() == [[1, 2, 4, 0], [0, 1, 2, 4]]
+    chosen = torch.stack([expected[0, 0], expected[1, 3]])
+    torch.testing.assert_close(found.logprob.double(), chosen)
+    torch.testing.assert_close(found.top_logprobs.double(), expected.gather(1, found.top_ids))
+    assert op.token_logprobs(logits, torch.tensor([0, 3]), 0).top_ids.shape == (2, 0)
+
+
 def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="positions has shape"):
+        op.uniforms(torch.zeros(2).long(), torch.zeros(1).long())
+    logits, given = penalty_case()
+    with pytest.raises(ValueError, match="output_counts has dtype"):
+        op.apply_penalties(logits, **{**given, "output_counts": torch.zeros(4).long()})
+    with pytest.raises(ValueError, match="top is 5, expected 0 to 4"):
+        op.token_logprobs(logits, torch.tensor([0, 1]), 5)
+    with pytest.raises(ValueError, match="logits has dtype"):
+        op.sample(torch.zeros(1, 3).double(), **params(1))
     with pytest.raises(ValueError, match="temperature has shape"):
         op.sample(torch.zeros(2, 3), **params(1))
     with pytest.raises(ValueError, match="top_k has dtype"):

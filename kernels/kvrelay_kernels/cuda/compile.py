@@ -31,6 +31,7 @@ INSTRUCTIONS = {
     "ld.global 16B": r"\bld\.global\S*\.(v4\.b32|v2\.b64|v4\.f32|b128)\b",
     "st.global 16B": r"\bst\.global\S*\.(v4\.b32|v2\.b64|v4\.f32|b128)\b",
     "atom": r"\batom\.",
+    "fma.f64": r"\bfma\.rn\.f64\b",
 }
 """Patterns of PTX that expectations may name."""
 
