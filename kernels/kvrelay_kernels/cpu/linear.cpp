@@ -63,41 +63,45 @@ constexpr int kMaxRows = 3;              // 12 of 16 half-width registers
 // How many tiles one pass over few rows takes: enough independent chains to hide the latency of an add.
 constexpr int tiles_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
-struct Pair {
-  f32x16 even, odd;
-};
+// ---- one policy per storage format: what activations become, and how two inputs of every vector are
+// multiplied. The weights of both inputs are held while the rows pass by: one broadcast at a time keeps
+// the accumulators in registers.
 
-// ---- one policy per storage format: what activations become, and how a pair of inputs is multiplied
+template <int M, int V>
+inline void multiply_pair(const float* const* a, int64_t k, const f32x16 (&even)[V], const f32x16 (&odd)[V],
+                          f32x16 (&acc)[M][V]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    f32x16 first = splat(a[m][k]);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[m][v] = fma(first, even[v], acc[m][v]);
+    f32x16 second = splat(a[m][k + 1]);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[m][v] = fma(second, odd[v], acc[m][v]);
+  }
+}
 
-struct F32 {
+template <class T>
+struct Plain {
   using Activation = float;
-  using Stored = float;
+  using Stored = T;
   using Sum = f32x16;
   static constexpr int64_t kBlock = 256;
+  static constexpr int64_t kVector = kLanes;  // where the second vector of a tile starts
   template <int M, int V>
-  static inline void step(const float* const* a, int64_t k, const float* tile, Sum (&acc)[M][V], int v) {
-    f32x16 even = load_f32(tile + k * kTile), odd = load_f32(tile + (k + 1) * kTile);
-    for (int m = 0; m < M; ++m) {
-      acc[m][v] = fma(splat(a[m][k]), even, acc[m][v]);
-      acc[m][v] = fma(splat(a[m][k + 1]), odd, acc[m][v]);
+  static inline void step(const float* const* a, int64_t k, const T* const (&vectors)[V], Sum (&acc)[M][V]) {
+    f32x16 even[V], odd[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      even[v] = load_f32(vectors[v] + k * kTile);
+      odd[v] = load_f32(vectors[v] + (k + 1) * kTile);
     }
+    multiply_pair<M, V>(a, k, even, odd, acc);
   }
 };
 
-struct F16 {
-  using Activation = float;
-  using Stored = float16;
-  using Sum = f32x16;
-  static constexpr int64_t kBlock = 256;
-  template <int M, int V>
-  static inline void step(const float* const* a, int64_t k, const float16* tile, Sum (&acc)[M][V], int v) {
-    f32x16 even = load_f32(tile + k * kTile), odd = load_f32(tile + (k + 1) * kTile);
-    for (int m = 0; m < M; ++m) {
-      acc[m][v] = fma(splat(a[m][k]), even, acc[m][v]);
-      acc[m][v] = fma(splat(a[m][k + 1]), odd, acc[m][v]);
-    }
-  }
-};
+using F32 = Plain<float>;
+using F16 = Plain<float16>;
 
 struct BF16 {
 #if defined(__AVX512BF16__)
@@ -108,21 +112,28 @@ struct BF16 {
   using Stored = bfloat16;
   using Sum = f32x16;
   static constexpr int64_t kBlock = 256;
+  static constexpr int64_t kVector = 2 * kLanes;
   template <int M, int V>
-  static inline void step(const Activation* const* a, int64_t k, const bfloat16* tile, Sum (&acc)[M][V], int v) {
+  static inline void step(const Activation* const* a, int64_t k, const bfloat16* const (&vectors)[V], Sum (&acc)[M][V]) {
     // Lane i holds inputs k (low half) and k + 1 (high half) of output i.
-    u32x16 both = load<u32x16>(tile + k * kTile);
+    u32x16 both[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) both[v] = load<u32x16>(vectors[v] + k * kTile);
 #if defined(__AVX512BF16__)
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      int32_t pair = load<int32_t>(a[m] + k);
-      acc[m][v] = (f32x16)_mm512_dpbf16_ps((__m512)acc[m][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)both);
+      __m512bh pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(a[m] + k));
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[m][v] = (f32x16)_mm512_dpbf16_ps((__m512)acc[m][v], pair, (__m512bh)both[v]);
     }
 #else
-    f32x16 even = (f32x16)(both << 16), odd = (f32x16)(both & 0xffff0000u);
-    for (int m = 0; m < M; ++m) {
-      acc[m][v] = fma(splat(a[m][k]), even, acc[m][v]);
-      acc[m][v] = fma(splat(a[m][k + 1]), odd, acc[m][v]);
+    f32x16 even[V], odd[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      even[v] = (f32x16)(both[v] << 16);
+      odd[v] = (f32x16)(both[v] & 0xffff0000u);
     }
+    multiply_pair<M, V>(a, k, even, odd, acc);
 #endif
   }
 };
@@ -133,26 +144,33 @@ struct I8 {
   using Stored = int8_t;
   using Sum = i32x16;
   static constexpr int64_t kBlock = kQuantBlock;
+  static constexpr int64_t kVector = 2 * kLanes;
   template <int M, int V>
-  static inline void step(const int16_t* const* a, int64_t k, const int8_t* tile, Sum (&acc)[M][V], int v) {
+  static inline void step(const int16_t* const* a, int64_t k, const int8_t* const (&vectors)[V], Sum (&acc)[M][V]) {
 #if defined(__AVX512BW__)
-    __m512i wide = _mm512_cvtepi8_epi16(load<__m256i>(tile + k * kTile));
+    __m512i wide[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) wide[v] = _mm512_cvtepi8_epi16(load<__m256i>(vectors[v] + k * kTile));
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       __m512i pair = _mm512_set1_epi32(load<int32_t>(a[m] + k));
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v)
 #if defined(__AVX512VNNI__)
-      acc[m][v] = (i32x16)_mm512_dpwssd_epi32((__m512i)acc[m][v], wide, pair);
+        acc[m][v] = (i32x16)_mm512_dpwssd_epi32((__m512i)acc[m][v], wide[v], pair);
 #else
-      acc[m][v] += (i32x16)_mm512_madd_epi16(wide, pair);
+        acc[m][v] += (i32x16)_mm512_madd_epi16(wide[v], pair);
 #endif
     }
 #else
-    i32x16 even, odd;
-    for (int i = 0; i < kLanes; ++i) {
-      even[i] = tile[k * kTile + 2 * i];
-      odd[i] = tile[k * kTile + 2 * i + 1];
+    for (int v = 0; v < V; ++v) {
+      i32x16 even, odd;
+      for (int i = 0; i < kLanes; ++i) {
+        even[i] = vectors[v][k * kTile + 2 * i];
+        odd[i] = vectors[v][k * kTile + 2 * i + 1];
+      }
+      for (int m = 0; m < M; ++m) acc[m][v] += even * int32_t(a[m][k]) + odd * int32_t(a[m][k + 1]);
     }
-    for (int m = 0; m < M; ++m)
-      acc[m][v] += even * int32_t(a[m][k]) + odd * int32_t(a[m][k + 1]);
 #endif
   }
 };
@@ -194,10 +212,8 @@ void multiply(const Job<W>& job, int64_t row, int64_t tile, int64_t begin, int64
   const typename W::Activation* a[M];
   for (int m = 0; m < M; ++m) a[m] = job.x + (row + m) * job.x_stride;
   const auto* packed = static_cast<const typename W::Stored*>(args.weight);
-  const typename W::Stored* tiles[T];
-  for (int t = 0; t < T; ++t) tiles[t] = packed + (tile + t) * kTile * args.width;
-  // Stored pairs are interleaved per lane, single values are not: the second half starts there.
-  constexpr int64_t half = std::is_same<W, BF16>::value || quantised ? 2 * kLanes : kLanes;
+  const typename W::Stored* vectors[V];
+  for (int v = 0; v < V; ++v) vectors[v] = packed + (tile + v / 2) * kTile * args.width + v % 2 * W::kVector;
 
   f32x16 sum[M][V];
   for (int m = 0; m < M; ++m)
@@ -212,9 +228,7 @@ void multiply(const Job<W>& job, int64_t row, int64_t tile, int64_t begin, int64
     for (int64_t block = begin; block < end; block += kQuantBlock) {
       i32x16 acc[M][V] = {};
       int64_t stop = block + kQuantBlock < end ? block + kQuantBlock : end;
-      for (int64_t k = block; k < stop; k += 2)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) W::template step<M, V>(a, k, tiles[v / 2] + (v % 2) * half, acc, v);
+      for (int64_t k = block; k < stop; k += 2) W::template step<M, V>(a, k, vectors, acc);
       for (int m = 0; m < M; ++m) {
         f32x16 scale = splat(job.x_scale[(row + m) * job.blocks + block / kQuantBlock]);
         for (int v = 0; v < V; ++v)
@@ -222,9 +236,7 @@ void multiply(const Job<W>& job, int64_t row, int64_t tile, int64_t begin, int64
       }
     }
   } else {
-    for (int64_t k = begin; k < end; k += 2)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) W::template step<M, V>(a, k, tiles[v / 2] + (v % 2) * half, sum, v);
+    for (int64_t k = begin; k < end; k += 2) W::template step<M, V>(a, k, vectors, sum);
   }
 
   bool last = end == args.width;
