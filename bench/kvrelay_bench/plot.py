@@ -1,7 +1,7 @@
 """Plots of results: one look for all of them. matplotlib is loaded when the first one is drawn."""
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ def use_log_scale(axes: "Axes", *, vertical: bool = False) -> None:
 
 
 def draw_cdf(
-    axes: "Axes", series: dict[str, Sequence[float]], *, label: str, log: bool = True
+    axes: "Axes", series: Mapping[str, Sequence[float]], *, label: str, log: bool = True
 ) -> None:
     """Cumulative distributions: for each value, the share of all that are no larger.
 

@@ -10,9 +10,7 @@ import socket
 import statistics
 
 import pytest
-from local_stack import local_stack
-from prometheus_client import CollectorRegistry
-from tiny_models import tiny_model
+from http_stack import http_stack
 
 from kvrelay.cli.settings import resolve
 from kvrelay_bench.serve.client import Answer, CompletionClient, Outcome
@@ -33,10 +31,6 @@ from kvrelay_bench.serve.workload import (
     synthetic,
 )
 from kvrelay_protocol.errors import UsageError
-from kvrelay_router.config import RouterConfig
-from kvrelay_router.http.app import create_app
-from kvrelay_router.http.server import create_server, listen
-from kvrelay_router.text.served_model import load_served_model
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,4808,10
@@ -404,24 +398,6 @@ async def test_a_connection_is_kept_and_replaced_when_the_server_closed_it():
 
 
 # -- against real workers
-
-
-@contextlib.asynccontextmanager
-async def http_stack(**options):
-    """Router, workers and the HTTP edge on this loop."""
-    folder = tiny_model("llama3")
-    async with local_stack(folder, **options) as stack:
-        model = load_served_model(folder, "tiny")
-        app = create_app(stack.core.service, model, stack.core.config, CollectorRegistry())
-        config = RouterConfig(model_dir=folder, model_name="tiny", port=0)
-        listener = listen("127.0.0.1", 0)
-        server = create_server(app, config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await serving
 
 
 async def test_a_run_against_real_workers_gives_exact_lengths_in_a_report(tmp_path, capsys):

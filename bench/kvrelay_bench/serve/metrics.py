@@ -213,10 +213,10 @@ def _cached_share(answers: Sequence[Answer]) -> float | None:
 def _single_token_share(answers: Sequence[Answer]) -> float | None:
     told = [a for a in answers if a.completion_tokens]
     tokens = sum(a.completion_tokens or 0 for a in told)
-    return max(0.0, 1 - sum(map(_in_company, told)) / tokens) if tokens else None
+    return max(0.0, 1 - sum(map(tokens_in_company, told)) / tokens) if tokens else None
 
 
-def _in_company(answer: Answer) -> int:
+def tokens_in_company(answer: Answer) -> int:
     """Tokens that were read together with others.
 
     Exact where the server counts tokens in every chunk. Else a bound from above: m tokens more than
