@@ -19,7 +19,12 @@ from kvrelay_engine.cache.pool import KVPool
 from kvrelay_engine.models.config import ModelConfig
 from kvrelay_engine.models.decoder import Decoder, PackedTokens
 from kvrelay_engine.models.forward import ForwardPass
-from kvrelay_engine.sampler.sampler import PreparedSampling, prepare_sampling, sample_tokens
+from kvrelay_engine.sampler.sampler import (
+    PreparedSampling,
+    prepare_sampling,
+    sample_tokens,
+    sampled_logprobs,
+)
 from kvrelay_kernels.paged_attention import attention_layout
 from kvrelay_protocol.errors import InternalError, KvrelayError
 
@@ -74,9 +79,10 @@ class ModelRunner:
         if not prepared.sampled_ids:
             return StepResult(tokens={})
         errors = _not_finite(logits, prepared.sampled_ids)
-        tokens = sample_tokens(logits, prepared.sampling).tolist()
-        rows = zip(prepared.sampled_ids, tokens, strict=True)
-        return StepResult({i: token for i, token in rows if i not in errors}, errors)
+        tokens = sample_tokens(logits, prepared.sampling)
+        logprobs = sampled_logprobs(logits, tokens, prepared.sampling, prepared.sampled_ids)
+        rows = zip(prepared.sampled_ids, tokens.tolist(), strict=True)
+        return StepResult({i: token for i, token in rows if i not in errors}, errors, logprobs)
 
     def prepare(self, batch: Batch) -> PreparedBatch:
         """Check a batch and build its tensors."""
@@ -111,6 +117,7 @@ class ModelRunner:
                 [part.sampling for part in ordered if part.sampling is not None],
                 [contexts[index] for index in sampled],
                 self.device,
+                [ordered[index].history for index in sampled],
             ),
         )
 
