@@ -9,8 +9,10 @@
 // Every out[m, n] is one chain of additions in ascending k, whatever the number of rows, threads or the
 // blocking: a row's result is the same bits in every batch. (int8: integers within blocks of 512 inputs,
 // exact in any order; the blocks in ascending order.)
-#include <atomic>
+#include <algorithm>
 #include <cmath>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "ops.hpp"
@@ -393,58 +395,74 @@ TileRows tile_rows(const pack_linear_args& args, int64_t tile, int64_t row_bytes
   return rows;
 }
 
-template <class To>
-inline To convert(float value) {
-  To stored;
-  store_one(&stored, value);
-  return stored;
+// Inputs [start, start + count) of 32 rows, turned into the order of a tile. `Group` is what stays together:
+// two neighbouring inputs in the paired formats, one in the others.
+constexpr int64_t kChunk = 32;
+
+template <class Group, class To>
+void turn(const To (&rows)[kTile][kChunk], int64_t start, int64_t count, To* packed) {
+  constexpr int64_t size = sizeof(Group) / sizeof(To);
+  Group* to = reinterpret_cast<Group*>(packed + start * kTile);
+  for (int64_t g = 0; g < count / size; ++g)
+    for (int64_t i = 0; i < kTile; ++i) to[g * kTile + i] = load<Group>(&rows[i][g * size]);
 }
 
-// Sixteen inputs of every row at a time: one cache line of each source row.
-template <class From, class To, bool paired>
+template <class From>
+inline void copy_row(const From* from, int64_t count, From* to) {
+  std::memcpy(to, from, count * sizeof(From));
+}
+
+template <class From, class To>
+inline void copy_row(const From* from, int64_t count, To* to) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) store_f32(to + k, load_f32(from + k));
+  for (; k < count; ++k) store_one(to + k, to_float(from[k]));
+}
+
+template <class From, class To, class Group>
 void pack_tile(const pack_linear_args& args, int64_t tile) {
-  TileRows rows = tile_rows(args, tile, args.width * int64_t(sizeof(From)));
+  TileRows source = tile_rows(args, tile, args.width * int64_t(sizeof(From)));
   To* packed = static_cast<To*>(args.packed) + tile * kTile * args.width;
-  for (int64_t start = 0; start < args.width; start += 32) {
-    int64_t stop = start + 32 < args.width ? start + 32 : args.width;
-    for (int64_t i = 0; i < kTile; ++i) {
-      const From* row = reinterpret_cast<const From*>(rows.row[i]);
-      for (int64_t k = start; k < stop; ++k) {
-        int64_t at = paired ? (k / 2 * kTile + i) * 2 + k % 2 : k * kTile + i;
-        if constexpr (std::is_same<From, To>::value)
-          packed[at] = row ? row[k] : To{};
-        else
-          packed[at] = convert<To>(row ? to_float(row[k]) : 0.0f);
-      }
-    }
+  To rows[kTile][kChunk] = {};
+  for (int64_t start = 0; start < args.width; start += kChunk) {
+    int64_t count = std::min(kChunk, args.width - start);
+    for (int64_t i = 0; i < kTile; ++i)
+      if (source.row[i]) copy_row(reinterpret_cast<const From*>(source.row[i]) + start, count, rows[i]);
+    turn<Group>(rows, start, count, packed);
   }
 }
 
 template <class From>
+float largest(const From* row, int64_t width) {
+  f32x16 most{};
+  int64_t k = 0;
+  for (; k + kLanes <= width; k += kLanes) most = max(most, (f32x16)((u32x16)load_f32(row + k) & 0x7fffffffu));
+  float value = maximum(most);
+  for (; k < width; ++k) value = std::max(value, std::fabs(to_float(row[k])));
+  return value;
+}
+
+template <class From>
 void pack_tile_int8(const pack_linear_args& args, int64_t tile) {
-  TileRows rows = tile_rows(args, tile, args.width * int64_t(sizeof(From)));
+  TileRows source = tile_rows(args, tile, args.width * int64_t(sizeof(From)));
   int8_t* packed = static_cast<int8_t*>(args.packed) + tile * kTile * args.width;
-  float inverse[kTile];
+  float inverse[kTile] = {};
   for (int64_t i = 0; i < kTile; ++i) {
-    const From* row = reinterpret_cast<const From*>(rows.row[i]);
-    inverse[i] = 0;
-    if (!row) continue;
-    float most = 0;
-    for (int64_t k = 0; k < args.width; ++k) {
-      float magnitude = std::fabs(to_float(row[k]));
-      most = magnitude > most ? magnitude : most;
-    }
+    if (!source.row[i]) continue;
+    float most = largest(reinterpret_cast<const From*>(source.row[i]), args.width);
     args.scale[tile * kTile + i] = most / 127.0f;
     inverse[i] = most > 0 ? 127.0f / most : 0.0f;
   }
-  for (int64_t start = 0; start < args.width; start += 32) {
-    int64_t stop = start + 32 < args.width ? start + 32 : args.width;
+  int8_t rows[kTile][kChunk] = {};
+  float wide[kChunk];
+  for (int64_t start = 0; start < args.width; start += kChunk) {
+    int64_t count = std::min(kChunk, args.width - start);
     for (int64_t i = 0; i < kTile; ++i) {
-      const From* row = reinterpret_cast<const From*>(rows.row[i]);
-      for (int64_t k = start; k < stop; ++k)
-        packed[(k / 2 * kTile + i) * 2 + k % 2] =
-            row ? int8_t(std::nearbyintf(to_float(row[k]) * inverse[i])) : int8_t(0);
+      if (!source.row[i]) continue;
+      copy_row(reinterpret_cast<const From*>(source.row[i]) + start, count, wide);
+      for (int64_t k = 0; k < count; ++k) rows[i][k] = int8_t(std::nearbyintf(wide[k] * inverse[i]));
     }
+    turn<uint16_t>(rows, start, count, packed);
   }
 }
 
@@ -453,9 +471,9 @@ void pack_from(const pack_linear_args& args) {
   int64_t tiles = (args.outputs + kTile - 1) / kTile;
   parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) switch (args.format) {
-        case kFloat32: pack_tile<From, float, false>(args, tile); break;
-        case kFloat16: pack_tile<From, float16, false>(args, tile); break;
-        case kBFloat16: pack_tile<From, bfloat16, true>(args, tile); break;
+        case kFloat32: pack_tile<From, float, float>(args, tile); break;
+        case kFloat16: pack_tile<From, float16, uint16_t>(args, tile); break;
+        case kBFloat16: pack_tile<From, bfloat16, uint32_t>(args, tile); break;
         default: pack_tile_int8<From>(args, tile);
       }
   });
