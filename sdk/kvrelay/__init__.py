@@ -1,10 +1,12 @@
-"""kvrelay: the Python client.
+"""kvrelay: the Python client, and the offline engine.
 
     from kvrelay import Client
 
     with Client() as client, client.stream("Explain the with statement") as stream:
         for text in stream.text_stream:
             print(text, end="", flush=True)
+
+`LLM` answers prompts in this process, without a server; see `kvrelay.offline`.
 
 Names load on first use, so `import kvrelay` costs next to nothing: no HTTP library, no torch, no
 grpc. `kvrelay.testing` holds the fake server.
@@ -13,6 +15,7 @@ grpc. `kvrelay.testing` holds the fake server.
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "LLM",
     "APIConnectionError",
     "APIStatusError",
     "APITimeoutError",
@@ -23,6 +26,7 @@ __all__ = [
     "BadRequestError",
     "ChatOptions",
     "Client",
+    "CompletionOutput",
     "ConflictError",
     "ContextOverflowError",
     "Event",
@@ -39,19 +43,23 @@ __all__ = [
     "QueueFull",
     "Queued",
     "RateLimitError",
+    "RequestOutput",
     "RequestTimeoutError",
     "RequestTooLargeError",
     "Resumed",
     "Retries",
+    "SamplingParams",
     "ServiceUnavailableError",
     "Started",
     "Stream",
     "StreamInterrupted",
     "StreamManager",
     "TextDelta",
+    "TextPrompt",
     "Timeout",
     "Timings",
     "Tokens",
+    "TokensPrompt",
     "UnknownEvent",
     "Usage",
     "__version__",
@@ -102,6 +110,10 @@ if TYPE_CHECKING:
         Timings,
         Tokens,
     )
+    from kvrelay.offline.llm import LLM
+    from kvrelay.offline.outputs import CompletionOutput, RequestOutput
+    from kvrelay.offline.prompts import TextPrompt, TokensPrompt
+    from kvrelay.offline.sampling_params import SamplingParams
 
     __version__: str
 else:
@@ -129,6 +141,10 @@ else:
             "Timings",
             "Tokens",
         ),
+        "offline.llm": ("LLM",),
+        "offline.outputs": ("CompletionOutput", "RequestOutput"),
+        "offline.prompts": ("TextPrompt", "TokensPrompt"),
+        "offline.sampling_params": ("SamplingParams",),
     }
     _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -142,11 +158,28 @@ else:
             value = version("kvrelay")
         elif name in __all__:
             home = _HOME_OF.get(name, "_errors")
+            if name == "LLM":
+                _check_offline_engine()
             value = getattr(importlib.import_module(f"kvrelay.{home}"), name)
         else:
             raise AttributeError(f"module 'kvrelay' has no attribute {name!r}")
         globals()[name] = value
         return value
+
+    def _check_offline_engine() -> None:
+        """Say at once, in one line, what the client's own installation lacks."""
+        from importlib.util import find_spec
+
+        for package in ("torch", "tokenizers", "jinja2"):
+            try:
+                found = find_spec(package) is not None
+            except ImportError:
+                found = False
+            if not found:
+                raise ImportError(
+                    f"kvrelay.LLM needs {package}, which is not installed: pip install 'kvrelay[all]'",
+                    name=package,
+                )
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
