@@ -10,8 +10,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from kvrelay_infra.host import read_cores, read_memory
@@ -37,6 +38,22 @@ class Limits:
     def float_flops(self) -> float:
         """The best of the floating-point dtypes: what a model's matrix products could reach."""
         return max(rate for dtype, rate in self.gemm_flops.items() if dtype != "int8")
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.gemm_flops.items())
+        return (
+            f"{self.threads} threads read {self.read_bytes_per_s / 1e9:.1f} GB/s, matrix products "
+            f"in GFLOP/s: {products}"
+        )
+
+
+def best_limits(probes: Sequence[Limits]) -> Limits:
+    """The best of several measurements with the same threads: a limit is what was once possible."""
+    return Limits(
+        probes[0].threads,
+        max(probe.read_bytes_per_s for probe in probes),
+        {dtype: max(probe.gemm_flops[dtype] for probe in probes) for dtype in probes[0].gemm_flops},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +141,9 @@ def _measure_gemm(size: int) -> dict[str, float]:
     rates: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         left = torch.ones(size, size, dtype=dtype)
-        rates[str(dtype).removeprefix("torch.")] = _rate(size, lambda x=left: x @ x)
+        rates[str(dtype).removeprefix("torch.")] = _rate(size, partial(torch.mm, left, left))
     integers = torch.ones(size, size, dtype=torch.int8)
-    rates["int8"] = _rate(size, lambda: torch._int_mm(integers, integers))  # noqa: SLF001 # no public name
+    rates["int8"] = _rate(size, partial(torch._int_mm, integers, integers))  # noqa: SLF001 # no public name
     return rates
 
 
