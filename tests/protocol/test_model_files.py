@@ -65,3 +65,9 @@ def test_a_folder_that_is_no_model_says_why(tmp_path, content, message):
         files.weight_files()
     with pytest.raises(InvalidModel, match=r"tokenizer\.json"):
         files.require_tokenizer()
+
+
+def test_reading_ahead_is_a_hint_that_never_fails(tmp_path):
+    resolve_model(None).read_ahead()
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    ModelFiles("broken", tmp_path).read_ahead()

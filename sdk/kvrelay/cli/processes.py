@@ -59,6 +59,7 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     model = resolve_model(values.model, revision=values.revision)
     model.read_config()
     model.weight_files()
+    model.read_ahead()
     threads = values.threads or own_thread_setting() or 0
     if not threads:
         threads = read_cores()
