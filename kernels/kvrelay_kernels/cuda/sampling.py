@@ -46,9 +46,15 @@ _SPARE_BITS = tl.constexpr(12)
 
 
 @triton.jit
-def tile_max_kernel(
-    logits, stride, vocabulary, tile_max, tile_arg, TILE: tl.constexpr, WITH_ARG: tl.constexpr
-):
+def _tile_max_kernel(
+    logits: tl.tensor,
+    stride: tl.tensor,
+    vocabulary: tl.tensor,
+    tile_max: tl.tensor,
+    tile_arg: tl.tensor,
+    TILE: tl.constexpr,
+    WITH_ARG: tl.constexpr,
+) -> None:
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tile * TILE + tl.arange(0, TILE)
     inside = at < vocabulary
@@ -62,7 +68,13 @@ def tile_max_kernel(
 
 
 @triton.jit
-def greedy_kernel(tile_max, tile_arg, tiles, tokens, TILES: tl.constexpr):
+def _greedy_kernel(
+    tile_max: tl.tensor,
+    tile_arg: tl.tensor,
+    tiles: tl.tensor,
+    tokens: tl.tensor,
+    TILES: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, TILES)
     inside = at < tiles
@@ -73,7 +85,9 @@ def greedy_kernel(tile_max, tile_arg, tiles, tokens, TILES: tl.constexpr):
 
 
 @triton.jit
-def integer_weight(exponent):
+def _integer_weight(
+    exponent: tl.tensor,
+) -> tl.tensor:
     """`integer_weights` of the reference, of exponents that are at most zero."""
     exponent = tl.maximum(exponent, _SMALLEST)
     halvings = tl.floor(exponent * _LOG2_E + 0.5)
@@ -86,18 +100,18 @@ def integer_weight(exponent):
 
 
 @triton.jit
-def weights_kernel(
-    logits,
-    stride,
-    vocabulary,
-    tile_max,
-    temperature,
-    weights,
-    tile_sum,
-    tile_top,
+def _weights_kernel(
+    logits: tl.tensor,
+    stride: tl.tensor,
+    vocabulary: tl.tensor,
+    tile_max: tl.tensor,
+    temperature: tl.tensor,
+    weights: tl.tensor,
+    tile_sum: tl.tensor,
+    tile_top: tl.tensor,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-):
+) -> None:
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tiles = tl.num_programs(1)
     all_tiles = tl.arange(0, TILES)
@@ -108,7 +122,7 @@ def weights_kernel(
     at = tile * TILE + tl.arange(0, TILE)
     inside = at < vocabulary
     values = tl.load(logits + row * stride + at, mask=inside, other=float("-inf")).to(tl.float64)
-    found = integer_weight((values - top) / tl.load(temperature + row))
+    found = _integer_weight((values - top) / tl.load(temperature + row))
     found = tl.where(inside, found, 0)
     tl.store(weights + row * vocabulary + at, found, mask=inside)
     tl.store(tile_sum + row * tiles + tile, tl.sum(found, axis=0))
@@ -116,37 +130,43 @@ def weights_kernel(
 
 
 @triton.jit
-def ceil_to_int(value):
+def _ceil_to_int(
+    value: tl.tensor,
+) -> tl.tensor:
     below = value.to(tl.int64)
     return below + (below.to(tl.float64) < value).to(tl.int64)
 
 
 @triton.jit
-def logarithm_bits(weight):
+def _logarithm_bits(
+    weight: tl.tensor,
+) -> tl.tensor:
     """46 bits that grow with the weight, which is above zero: exponent, then mantissa."""
     return (weight.to(tl.float64).to(tl.int64, bitcast=True) - _ONE_BITS) >> _SPARE_BITS
 
 
 @triton.jit
-def from_logarithm_bits(bits):
+def _from_logarithm_bits(
+    bits: tl.tensor,
+) -> tl.tensor:
     return ((bits << _SPARE_BITS) + _ONE_BITS).to(tl.float64, bitcast=True).to(tl.int64)
 
 
 @triton.jit
-def add_to_histogram(
-    histogram,
-    weights,
-    vocabulary,
-    tile,
-    prefix,
-    shift,
-    width,
+def _add_to_histogram(
+    histogram: tl.tensor,
+    weights: tl.tensor,
+    vocabulary: tl.tensor,
+    tile: tl.tensor,
+    prefix: tl.tensor,
+    shift: tl.tensor,
+    width: tl.tensor,
     BY_MASS: tl.constexpr,
     TILE: tl.constexpr,
-):
+) -> None:
     at = tile * TILE + tl.arange(0, TILE)
     weight = tl.load(weights + at, mask=at < vocabulary, other=0)
-    bits = logarithm_bits(weight)
+    bits = _logarithm_bits(weight)
     counted = (weight > 0) & ((bits >> (shift + width)) == prefix)
     # The largest weights come first, so that a running sum goes from the top.
     largest = (1 << width) - 1
@@ -156,32 +176,32 @@ def add_to_histogram(
 
 
 @triton.jit
-def find_threshold(
-    histogram,
-    weights,
-    tile_top,
-    vocabulary,
-    tiles,
-    needed,
+def _find_threshold(
+    histogram: tl.tensor,
+    weights: tl.tensor,
+    tile_top: tl.tensor,
+    vocabulary: tl.tensor,
+    tiles: tl.tensor,
+    needed: tl.tensor,
     BY_MASS: tl.constexpr,
     TILE: tl.constexpr,
     BINS: tl.constexpr,
-):
+) -> tl.tensor:
     """The largest t for which the weights >= t (or their number) sum to `needed`; 0 if all do not."""
     bins = tl.arange(0, BINS)
     prefix = needed * 0
     enough = prefix
     shift = 46
     for level in range(5):
-        width = 9 + (level == 0).to(tl.int32)
+        width = 9 + tl.where(level == 0, 1, 0)
         shift -= width
         tl.store(histogram + bins, tl.zeros([BINS], tl.int64))
         tl.debug_barrier()
         # What the bin that is already selected starts at; nothing below is counted any more.
-        lowest = from_logarithm_bits(prefix << (shift + width))
+        lowest = _from_logarithm_bits(prefix << (shift + width))
         for tile in range(tiles):
             if tl.load(tile_top + tile) >= lowest:
-                add_to_histogram(
+                _add_to_histogram(
                     histogram, weights, vocabulary, tile, prefix, shift, width, BY_MASS, TILE
                 )
         tl.debug_barrier()
@@ -195,11 +215,19 @@ def find_threshold(
         needed -= tl.sum(tl.where(before, sums, 0), axis=0)
         prefix = (prefix << width) | (largest - tl.minimum(place, largest))
         tl.debug_barrier()
-    return enough * from_logarithm_bits(prefix)
+    return enough * _from_logarithm_bits(prefix)
 
 
 @triton.jit
-def sum_tiles(weights, tile_sum, tile_top, vocabulary, tiles, limit, TILE: tl.constexpr):
+def _sum_tiles(
+    weights: tl.tensor,
+    tile_sum: tl.tensor,
+    tile_top: tl.tensor,
+    vocabulary: tl.tensor,
+    tiles: tl.tensor,
+    limit: tl.tensor,
+    TILE: tl.constexpr,
+) -> tl.tensor:
     """Store each tile's sum of the weights >= limit and return the sum of them all."""
     total = limit * 0
     for tile in range(tiles):
@@ -215,22 +243,22 @@ def sum_tiles(weights, tile_sum, tile_top, vocabulary, tiles, limit, TILE: tl.co
 
 
 @triton.jit
-def draw_kernel(
-    weights,
-    tile_sum,
-    tile_top,
-    histogram,
-    vocabulary,
-    tiles,
-    top_k,
-    top_p,
-    min_p,
-    uniform,
-    tokens,
+def _draw_kernel(
+    weights: tl.tensor,
+    tile_sum: tl.tensor,
+    tile_top: tl.tensor,
+    histogram: tl.tensor,
+    vocabulary: tl.tensor,
+    tiles: tl.tensor,
+    top_k: tl.tensor,
+    top_p: tl.tensor,
+    min_p: tl.tensor,
+    uniform: tl.tensor,
+    tokens: tl.tensor,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     BINS: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     weights += row * vocabulary
     tile_sum += row * tiles
@@ -240,22 +268,22 @@ def draw_kernel(
     inside = all_tiles < tiles
 
     k, p = tl.load(top_k + row), tl.load(top_p + row)
-    least = ceil_to_int(tl.load(min_p + row) * _SCALE)
+    least = _ceil_to_int(tl.load(min_p + row) * _SCALE)
     limit = k * 0
     if (k > 0) & (k < vocabulary):
-        limit = find_threshold(
+        limit = _find_threshold(
             histogram, weights, tile_top, vocabulary, tiles, k, False, TILE, BINS
         )
     if p < 1.0:
-        kept = sum_tiles(weights, tile_sum, tile_top, vocabulary, tiles, limit, TILE)
-        needed = tl.minimum(ceil_to_int(p * kept.to(tl.float64)), kept)
-        by_mass = find_threshold(
+        kept = _sum_tiles(weights, tile_sum, tile_top, vocabulary, tiles, limit, TILE)
+        needed = tl.minimum(_ceil_to_int(p * kept.to(tl.float64)), kept)
+        by_mass = _find_threshold(
             histogram, weights, tile_top, vocabulary, tiles, needed, True, TILE, BINS
         )
         limit = tl.maximum(limit, by_mass)
     limit = tl.maximum(limit, least)
     if limit > 0:
-        sum_tiles(weights, tile_sum, tile_top, vocabulary, tiles, limit, TILE)
+        _sum_tiles(weights, tile_sum, tile_top, vocabulary, tiles, limit, TILE)
 
     sums = tl.load(tile_sum + all_tiles, mask=inside, other=0, cache_modifier=".cg")
     total = tl.sum(sums, axis=0)
@@ -272,7 +300,13 @@ def draw_kernel(
 
 
 @triton.jit
-def uniforms_kernel(seeds, positions, out, rows, BLOCK: tl.constexpr):
+def _uniforms_kernel(
+    seeds: tl.tensor,
+    positions: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < rows
     seed = tl.load(seeds + at, mask=inside, other=0).to(tl.uint64, bitcast=True)
@@ -291,18 +325,18 @@ def uniforms_kernel(seeds, positions, out, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def penalties_kernel(
-    logits,
-    stride,
-    token_ids,
-    pair_rows,
-    output_counts,
-    presence,
-    frequency,
-    repetition,
-    pairs,
+def _penalties_kernel(
+    logits: tl.tensor,
+    stride: tl.tensor,
+    token_ids: tl.tensor,
+    pair_rows: tl.tensor,
+    output_counts: tl.tensor,
+    presence: tl.tensor,
+    frequency: tl.tensor,
+    repetition: tl.tensor,
+    pairs: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
     row = tl.load(pair_rows + pair, mask=inside, other=0)
@@ -317,9 +351,16 @@ def penalties_kernel(
 
 
 @triton.jit
-def logprobs_kernel(
-    logits, stride, vocabulary, tokens, logprob, normaliser, rank, BLOCK: tl.constexpr
-):
+def _logprobs_kernel(
+    logits: tl.tensor,
+    stride: tl.tensor,
+    vocabulary: tl.tensor,
+    tokens: tl.tensor,
+    logprob: tl.tensor,
+    normaliser: tl.tensor,
+    rank: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     chosen = tl.load(logits + tl.load(tokens + row)).to(tl.float32)
@@ -362,10 +403,10 @@ def greedy_cuda(logits: torch.Tensor) -> torch.Tensor:
     tile_arg = torch.empty((rows, tiles), dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        tile_max_kernel[rows, tiles](
+        _tile_max_kernel[rows, tiles](
             logits, logits.stride(0), vocabulary, tile_max, tile_arg, TILE=TILE, WITH_ARG=True
         )
-        greedy_kernel[(rows,)](tile_max, tile_arg, tiles, tokens, TILES=padded)
+        _greedy_kernel[(rows,)](tile_max, tile_arg, tiles, tokens, TILES=padded)
     return tokens
 
 
@@ -387,7 +428,7 @@ def sample_cuda(
         group = slice(first, min(first + step, rows))
         weights, tile_sum, tile_top = integer_weights_cuda(logits[group], temperature[group])
         count, tiles = tile_sum.shape
-        draw_kernel[(count,)](
+        _draw_kernel[(count,)](
             weights,
             tile_sum,
             tile_top,
@@ -419,10 +460,10 @@ def integer_weights_cuda(
     weights = torch.empty((rows, vocabulary), dtype=torch.int64, device=device)
     tile_sum = torch.empty((rows, tiles), dtype=torch.int64, device=device)
     tile_top = torch.empty_like(tile_sum)
-    tile_max_kernel[rows, tiles](
+    _tile_max_kernel[rows, tiles](
         logits, logits.stride(0), vocabulary, tile_max, None, TILE=TILE, WITH_ARG=False
     )
-    weights_kernel[rows, tiles](
+    _weights_kernel[rows, tiles](
         logits,
         logits.stride(0),
         vocabulary,
@@ -444,7 +485,7 @@ def uniforms_cuda(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     rows = seeds.shape[0]
     out = torch.empty(rows, dtype=torch.float64, device=seeds.device)
     if rows:
-        uniforms_kernel[(triton.cdiv(rows, 128),)](
+        _uniforms_kernel[(triton.cdiv(rows, 128),)](
             seeds.contiguous(), positions.contiguous(), out, rows, BLOCK=128
         )
     return out
@@ -466,7 +507,7 @@ def apply_penalties_cuda(
         return
     if logits.stride(1) != 1:
         raise ValueError("the rows of logits must be contiguous")
-    penalties_kernel[(triton.cdiv(pairs, 256),)](
+    _penalties_kernel[(triton.cdiv(pairs, 256),)](
         logits,
         logits.stride(0),
         token_ids.contiguous(),
@@ -489,7 +530,7 @@ def token_logprobs_cuda(logits: torch.Tensor, tokens: torch.Tensor, top: int) ->
     normaliser = torch.empty_like(logprob)
     rank = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        logprobs_kernel[(rows,)](
+        _logprobs_kernel[(rows,)](
             logits,
             logits.stride(0),
             vocabulary,
@@ -520,7 +561,7 @@ def aot_cases() -> list[AotCase]:
     for name, pointer in (("float32", "*fp32"), ("bfloat16", "*bf16")):
         cases += [
             AotCase(
-                kernel=tile_max_kernel,
+                kernel=_tile_max_kernel,
                 variant=f"{name}, for {use}",
                 signature={"logits": pointer, **_SHAPE, "tile_max": "*fp32", **arg},
                 constexprs={"TILE": TILE, "WITH_ARG": bool(arg), **absent},
@@ -535,7 +576,7 @@ def aot_cases() -> list[AotCase]:
         ]
         cases += [
             AotCase(
-                kernel=weights_kernel,
+                kernel=_weights_kernel,
                 variant=name,
                 signature={
                     "logits": pointer,
@@ -555,7 +596,7 @@ def aot_cases() -> list[AotCase]:
                 ),
             ),
             AotCase(
-                kernel=logprobs_kernel,
+                kernel=_logprobs_kernel,
                 variant=name,
                 signature={
                     "logits": pointer,
@@ -574,7 +615,7 @@ def aot_cases() -> list[AotCase]:
     return [
         *cases,
         AotCase(
-            kernel=greedy_kernel,
+            kernel=_greedy_kernel,
             variant="",
             signature={
                 "tile_max": "*fp32",
@@ -588,7 +629,7 @@ def aot_cases() -> list[AotCase]:
             expect=_ALL_TARGETS,
         ),
         AotCase(
-            kernel=draw_kernel,
+            kernel=_draw_kernel,
             variant="",
             signature={
                 **dict.fromkeys(("weights", "tile_sum", "tile_top", "histogram"), "*i64"),
@@ -606,7 +647,7 @@ def aot_cases() -> list[AotCase]:
             ),
         ),
         AotCase(
-            kernel=uniforms_kernel,
+            kernel=_uniforms_kernel,
             variant="",
             signature={"seeds": "*i64", "positions": "*i64", "out": "*fp64", "rows": "i32"},
             constexprs={"BLOCK": 128},
@@ -615,7 +656,7 @@ def aot_cases() -> list[AotCase]:
             expect=_ALL_TARGETS,
         ),
         AotCase(
-            kernel=penalties_kernel,
+            kernel=_penalties_kernel,
             variant="",
             signature={
                 "logits": "*fp32",
