@@ -101,6 +101,9 @@ class ScriptedStream:
     def __aiter__(self) -> AsyncIterator[RequestEvent]:
         return self._play()
 
+    def divert(self, take: Callable[[tuple[int, ...]], None]) -> None:
+        """Tokens come as events all the same."""
+
     async def _play(self) -> AsyncIterator[RequestEvent]:
         try:
             while True:

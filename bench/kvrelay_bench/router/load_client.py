@@ -67,6 +67,7 @@ class _Connection(asyncio.Protocol):
             self._client.done(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._client.lost(self)
         if self.exchange is not None:
             self.exchange.error = f"connection lost: {exc!r}"
             self.exchange = None
@@ -128,6 +129,11 @@ class LoadClient:
         self._left -= 1
         if self._left == 0:
             self._over.set()
+
+    def lost(self, connection: _Connection) -> None:
+        """Servers close connections that stay idle."""
+        if connection in self._idle:
+            self._idle.remove(connection)
 
     def mark(self, name: str) -> None:
         used = self._router.cpu_times()

@@ -172,6 +172,8 @@ class MockWorkers:
                 self._transfer(sequence_id)
             else:
                 self._leased[sequence_id] = False
+        elif kind == "cancel":
+            self._leased.pop(message.cancel.sequence_id, None)
 
     def _first_token(self, sequence: pb.Sequence) -> None:
         request, sequence_id = sequence.sampling.seed, sequence.sequence_id
@@ -189,10 +191,12 @@ class MockWorkers:
             self._leased[sequence_id] = True
 
     def _transfer(self, sequence_id: int) -> None:
-        del self._leased[sequence_id]
+        self._leased.pop(sequence_id, None)
+        ready = self._waiting_for_kv.pop(sequence_id, None)
+        if ready is None:  # cancelled: its first token was its last
+            return
         self._prefill.send(pb.WorkerMessage(kv_sent=pb.KvSent(sequence_id=sequence_id)))
         self._decode.send(pb.WorkerMessage(kv_received=pb.KvReceived(sequence_id=sequence_id)))
-        ready = self._waiting_for_kv.pop(sequence_id)
         ready.next = 1
         if ready.end > 1:
             self._start(ready)

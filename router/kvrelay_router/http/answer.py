@@ -5,12 +5,15 @@ all of it, from before the first token to the last byte.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from time import monotonic
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from kvrelay_protocol.errors import KvrelayError
 from kvrelay_router.http import sse
+from kvrelay_router.http.direct import DirectClient, direct_client
 from kvrelay_router.http.disconnect import watch_disconnect
 from kvrelay_router.http.errors import error_object, internal_error, log_defect
 from kvrelay_router.http.frames import Frames
@@ -18,9 +21,6 @@ from kvrelay_router.http.generation import Delta, End, Generation, Notice, Outpu
 from kvrelay_router.http.request_id import request_id_of
 from kvrelay_router.http.slow_client import SendGuard
 from kvrelay_router.requests.types import Path, PathKind
-
-ABORT_EXTENSION = "kvrelay.abort"
-"""Scope extension of our server: drops the connection without flushing what a stuck client owes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Patience:
     """For a client that takes no bytes."""
 
 
-class Answer(Response):
-    """The response of both generating endpoints."""
+class Answer:
+    """One request of a generating endpoint, from its submission to its last byte: an ASGI app."""
 
     def __init__(
         self,
@@ -49,17 +49,23 @@ class Answer(Response):
         named_events: bool,
     ) -> None:
         """Args: `named_events` speaks the SDK's stream protocol."""
-        super().__init__()
         self._generation = generation
         self._frames = frames
         self._patience = patience
         self._named = named_events
+        self._opened: set[int] = set()
+        self._client: DirectClient | None = None
+        self._wrote_at = 0.0
+        self._sending = False
+        """The writer holds text that must leave before any other."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises: KvrelayError, as long as the head is not out."""
         generation = self._generation
+        self._client = direct_client(scope)
         try:
             async with (
-                watch_disconnect(receive, generation.client_gone),
+                watch_disconnect(self._client, receive, generation.client_gone),
                 SendGuard(send, self._patience.send_s) as guard,
             ):
                 generation.start()
@@ -70,16 +76,18 @@ class Answer(Response):
         except TimeoutError:
             # The client reads nothing. The engine never waited; now the buffers go too.
             await generation.close("client too slow")
-            scope.get("extensions", {}).get(ABORT_EXTENSION, lambda: None)()
+            if self._client is not None:
+                self._client.abort()
         finally:
             await generation.close()
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         texts = [""] * len(generation.choices)
-        while not generation.over:
-            _collect(texts, await generation.outputs())
-        _collect(texts, await generation.outputs())
+        generation.sink = partial(_collect, texts)
+        await generation.ended()
+        for output in await generation.outputs():
+            _collect(texts, output)
         if generation.gone:
             return
         if generation.error is not None:
@@ -104,6 +112,7 @@ class Answer(Response):
             "status": 200,
             "headers": [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()],
         })  # fmt: skip
+        self._wrote_at = monotonic()
         try:
             await self._events(scope, send)
         except TimeoutError:
@@ -115,14 +124,15 @@ class Answer(Response):
 
     async def _events(self, scope: Scope, send: Send) -> None:
         generation = self._generation
-        opened: set[int] = set()
+        if self._client is not None:
+            generation.sink = self._write
         while not generation.over:
-            outputs = await generation.outputs(self._patience.ping_s)
+            outputs = await generation.outputs(self._time_to_ping())
             if outputs:
-                await self._body(send, self._render(outputs, opened))
-            elif not generation.over:
+                await self._body(send, self._render(outputs))
+            elif not generation.over and not self._time_to_ping():
                 await self._body(send, self._ping())
-        rest = self._render(await generation.outputs(), opened)
+        rest = self._render(await generation.outputs())
         if generation.gone:
             return
         if generation.error is not None:
@@ -136,24 +146,35 @@ class Answer(Response):
             rest += sse.named_frame("timings", timings)
         await self._body(send, rest + sse.DONE, more=False)
 
-    def _render(self, outputs: list[Output], opened: set[int]) -> bytes:
-        frames: list[bytes] = []
-        for output in outputs:
-            if isinstance(output, Notice):
-                frames.append(sse.named_frame(output.event, output.data))
-                continue
-            if output.index not in opened:
-                # With the first text, not before: naive clients take the first chunk as the first token.
-                opened.add(output.index)
-                frames.append(self._frames.opening(output.index))
-            match output:
-                case Delta(index, text):
-                    plan = self._generation.plan
-                    usage = self._generation.usage() if plan.continuous_usage else None
-                    frames.append(self._frames.delta(index, text, usage))
-                case End(index, reason):
-                    frames.append(self._frames.finish(index, reason))
-        return b"".join(frames)
+    def _write(self, output: Output) -> bool:
+        """The path of every token: straight to the socket."""
+        if self._client is None or self._sending or not isinstance(output, Delta):
+            return False  # what isn't a token is rare, and wakes the writer
+        self._wrote_at = monotonic()
+        return self._client.write(self._frame(output))
+
+    def _render(self, outputs: list[Output]) -> bytes:
+        return b"".join(map(self._frame, outputs))
+
+    def _frame(self, output: Output) -> bytes:
+        match output:
+            case Delta(index, text):
+                plan = self._generation.plan
+                usage = self._generation.usage() if plan.continuous_usage else None
+                frame = self._frames.delta(index, text, usage)
+            case End(index, reason):
+                frame = self._frames.finish(index, reason)
+            case Notice(event, data):
+                return sse.named_frame(event, data)
+        if index in self._opened:
+            return frame
+        # With the first text, not before: naive clients take the first chunk as the first token.
+        self._opened.add(index)
+        return self._frames.opening(index) + frame
+
+    def _time_to_ping(self) -> float:
+        """Seconds until the client has had nothing for too long."""
+        return max(0.0, self._wrote_at + self._patience.ping_s - monotonic())
 
     def _ping(self) -> bytes:
         return sse.PING_EVENT if self._named else sse.PING_COMMENT
@@ -167,14 +188,22 @@ class Answer(Response):
         }
 
     async def _body(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        if body or not more:
+        if self._client is not None:
+            self._client.flush()
+        if not body and more:
+            return
+        self._wrote_at = monotonic()
+        self._sending = True
+        try:
             await send({"type": "http.response.body", "body": body, "more_body": more})
+        finally:
+            self._sending = False
 
 
-def _collect(texts: list[str], outputs: list[Output]) -> None:
-    for output in outputs:
-        if isinstance(output, Delta):
-            texts[output.index] += output.text
+def _collect(texts: list[str], output: Output) -> bool:
+    if isinstance(output, Delta):
+        texts[output.index] += output.text
+    return True
 
 
 def _path_header(path: Path | None) -> str:

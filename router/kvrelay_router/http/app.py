@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and the layers around them."""
+"""The ASGI application: routes, the layers around them, and the short way to the two busy ones."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,9 +9,11 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kvrelay_protocol.errors import KvrelayError
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.http import models
 from kvrelay_router.http.answer import Answer, Patience
@@ -20,7 +22,7 @@ from kvrelay_router.http.body import off_loop, parse, read_object
 from kvrelay_router.http.caller import CallerWishes
 from kvrelay_router.http.chat import ChatFrames
 from kvrelay_router.http.completions import CompletionFrames
-from kvrelay_router.http.errors import LastResort, install_error_handlers
+from kvrelay_router.http.errors import LastResort, error_response, install_error_handlers
 from kvrelay_router.http.generation import Generation
 from kvrelay_router.http.limits import BoundedBody
 from kvrelay_router.http.request_id import RequestId
@@ -56,40 +58,110 @@ def create_app(
     """
     app = FastAPI(title="kvrelay", docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
-    _add_generating_routes(app, core, model, config, patience or Patience())
+    generating = {
+        "/v1/chat/completions": GeneratingEndpoint(
+            core, model, config, patience or Patience(), planner=plan_chat, frames=ChatFrames
+        ),
+        "/v1/completions": GeneratingEndpoint(
+            core,
+            model,
+            config,
+            patience or Patience(),
+            planner=plan_completion,
+            frames=CompletionFrames,
+        ),
+    }
+    _add_generating_routes(app, generating)
     _add_plain_routes(app, core, model, registry)
     # Outermost first: whatever an inner layer answers has a request id and never a stack trace.
-    bounded = BoundedBody(app, config.max_body_bytes)
+    bounded = BoundedBody(ShortWay(app, generating), config.max_body_bytes)
     return RequestId(LastResort(RequireKey(bounded, config.api_keys)))
 
 
-def _add_generating_routes(
-    app: FastAPI,
-    core: RequestService,
-    model: ServedModel,
-    config: RouterConfig,
-    patience: Patience,
-) -> None:
-    async def answer(request: Request, planner: _Planner, frames: _FramesType) -> Response:
-        raw, size = await read_object(request)
-        wishes = CallerWishes.from_headers(request.headers, config.request_timeout_s)
-        limited = within_limits(model, core)
-        plan = await off_loop(size, lambda: planner(limited, raw, wishes))
-        named_events = request.headers.get("x-stream-protocol") == "1"
-        return Answer(
-            Generation(core, plan, notices=named_events),
-            frames(plan.id, int(time.time()), model.name, include_usage=plan.include_usage),
-            patience,
+class GeneratingEndpoint:
+    """What `POST` does on one of the two generating paths: an ASGI app."""
+
+    def __init__(
+        self,
+        core: RequestService,
+        model: ServedModel,
+        config: RouterConfig,
+        patience: Patience,
+        *,
+        planner: _Planner,
+        frames: _FramesType,
+    ) -> None:
+        self._core = core
+        self._model = model
+        self._config = config
+        self._patience = patience
+        self._planner = planner
+        self._frames = frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises: KvrelayError, as long as no answer's head is out."""
+        headers = Headers(scope=scope)
+        raw, size = await read_object(headers, receive)
+        wishes = CallerWishes.from_headers(headers, self._config.request_timeout_s)
+        limited = within_limits(self._model, self._core)
+        plan = await off_loop(size, lambda: self._planner(limited, raw, wishes))
+        named_events = headers.get("x-stream-protocol") == "1"
+        answer = Answer(
+            Generation(self._core, plan, notices=named_events),
+            self._frames(
+                plan.id, int(time.time()), self._model.name, include_usage=plan.include_usage
+            ),
+            self._patience,
             named_events=named_events,
         )
+        await answer(scope, receive, send)
+
+
+class ShortWay:
+    """Takes requests for the busy endpoints past the framework; everything else goes through it.
+
+    The framework's own layers cost more than all that such a request needs of it, which is this: our
+    errors become responses.
+    """
+
+    def __init__(self, app: ASGIApp, endpoints: Mapping[str, ASGIApp]) -> None:
+        self._app = app
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self._endpoints.get(scope["path"])
+        if endpoint is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            await endpoint(scope, receive, send)
+        except KvrelayError as error:
+            await error_response(error)(scope, receive, send)
+
+
+class _Handed(Response):
+    """A response that an ASGI app gives."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__()
+        self._endpoint = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoint(scope, receive, send)
+
+
+def _add_generating_routes(app: FastAPI, endpoints: Mapping[str, ASGIApp]) -> None:
+    """Under the framework as well: for the document of routes, for other methods, for other prefixes."""
 
     @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatBody))
-    async def chat_completions(request: Request) -> Response:
-        return await answer(request, plan_chat, ChatFrames)
+    async def chat_completions() -> Response:
+        return _Handed(endpoints["/v1/chat/completions"])
 
     @app.post("/v1/completions", openapi_extra=_body_of(CompletionBody))
-    async def completions(request: Request) -> Response:
-        return await answer(request, plan_completion, CompletionFrames)
+    async def completions() -> Response:
+        return _Handed(endpoints["/v1/completions"])
 
 
 def within_limits(model: ServedModel, core: RequestService) -> ServedModel:
@@ -130,7 +202,7 @@ def _add_plain_routes(
 
     @app.post("/tokenize", openapi_extra=_body_of(TokenizeBody))
     async def tokenize(request: Request) -> Response:
-        raw, size = await read_object(request)
+        raw, size = await read_object(request.headers, request.receive)
         limited = within_limits(model, core)
 
         def work() -> Response:
@@ -140,7 +212,7 @@ def _add_plain_routes(
 
     @app.post("/detokenize", openapi_extra=_body_of(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
-        raw, size = await read_object(request)
+        raw, size = await read_object(request.headers, request.receive)
 
         def work() -> Response:
             return JSONResponse(models.detokenize(model, parse(DetokenizeBody, raw)))

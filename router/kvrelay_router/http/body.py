@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import from_json
-from starlette.requests import ClientDisconnect, Request
+from starlette.datastructures import Headers
+from starlette.types import Receive
 
 from kvrelay_protocol.errors import ClientGone, InvalidRequest
 from kvrelay_router.http.errors import describe
@@ -20,18 +21,15 @@ R = TypeVar("R")
 _INLINE_BYTES = 4 * 1024
 
 
-async def read_object(request: Request) -> tuple[dict[str, Any], int]:
-    """The body as a JSON object, and its size.
+async def read_object(headers: Headers, receive: Receive) -> tuple[dict[str, Any], int]:
+    """The body as a JSON object, and its size in bytes.
 
     Raises:
         InvalidRequest: it is none.
         ClientGone: the client left while sending it.
     """
-    require_json(request.headers)
-    try:
-        body = await request.body()
-    except ClientDisconnect:
-        raise ClientGone("the client left while sending its request") from None
+    require_json(headers)
+    body = await _read(receive)
     try:
         parsed = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -39,6 +37,17 @@ async def read_object(request: Request) -> tuple[dict[str, Any], int]:
     if not isinstance(parsed, dict):
         raise InvalidRequest("the body must be a JSON object")
     return parsed, len(body)
+
+
+async def _read(receive: Receive) -> bytes:
+    pieces: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client left while sending its request")
+        pieces.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(pieces)
 
 
 def parse(schema: type[S], raw: Mapping[str, Any]) -> S:

@@ -1,13 +1,16 @@
 """The answers of one HTTP request while they are made.
 
-One task per answer reads the service's events and appends outputs; the writer takes all that are
-there. So the service never waits for a slow reader, and text that piles up meanwhile leaves as one
-delta. What can pile up is bounded by `max_tokens`.
+New text goes to `sink` at once, from within the service's turn: no task wakes for a token. Where there
+is none, or it takes nothing because the client is behind, outputs pile up here until the writer fetches
+them. So the service never waits for a slow reader, and text that piles up leaves as one delta. What can
+pile up is bounded by `max_tokens`. Everything else comes through one task per answer, which reads the
+service's events.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from kvrelay_protocol.errors import ClientGone, InternalError, KvrelayError
@@ -56,6 +59,8 @@ class Notice:
 
 
 Output = Delta | End | Notice
+Sink = Callable[[Output], bool]
+"""Takes an output, or returns False."""
 
 
 class Choice:
@@ -74,24 +79,30 @@ class Choice:
     def over(self) -> bool:
         return self.reason is not None or self.error is not None
 
+    def tokens(self, ids: tuple[int, ...]) -> str:
+        """Take new tokens; returns the text to show."""
+        text = self.plan.text
+        if text.stopped():
+            return ""
+        new = text.push(ids)
+        if text.stopped():
+            # Not from within the service's own call: it is in the middle of its work.
+            asyncio.get_running_loop().call_soon(self.stream.stop_early)
+        return new
+
     def handle(self, event: RequestEvent) -> list[Output]:
         """Take one event of the service."""
-        index = self.plan.index
         match event:
             case Tokens(ids):
-                if self.plan.text.stopped():
-                    return []
-                text = self.plan.text.push(ids)
-                if self.plan.text.stopped():
-                    self.stream.stop_early()
-                return [Delta(index, text)] if text else []
+                text = self.tokens(ids)
+                return [Delta(self.plan.index, text)] if text else []
             case Finished(reason, stats):
                 return self._end(reason, stats)
             case Failed(error):
                 if self.plan.text.stopped():
                     # The answer was complete before the failure; only its timings are lost.
                     return self._end(FinishReason.STOP, None)
-                self.error = error
+                self.error = self.error or error
                 return []
             case Placed(path):
                 self.path = path
@@ -148,6 +159,7 @@ class Generation:
         self.choices: list[Choice] = []
         self.gone = False
         """The client left."""
+        self.sink: Sink | None = None
         self._service = service
         self._outputs: list[Output] = []
         self._wake = asyncio.Event()
@@ -168,6 +180,8 @@ class Generation:
                 request = replace(request, traceparent=self.choices[0].stream.traceparent)
             self.choices.append(Choice(plan, self._service.submit(request)))
         self._outputs += [Delta(c.plan.index, c.plan.echo) for c in self.choices if c.plan.echo]
+        for choice in self.choices:
+            choice.stream.divert(partial(self._tokens, choice))
         self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
 
     @property
@@ -221,6 +235,10 @@ class Generation:
         """Wait until it is known where the request runs."""
         return await self.wait(lambda: self.path is not None, timeout_s)
 
+    async def ended(self) -> None:
+        """Wait until nothing more will come."""
+        await self.wait(lambda: False)
+
     async def outputs(self, timeout_s: float | None = None) -> list[Output]:
         """Everything new, once there is something; empty if time ran out or nothing will come."""
         await self.wait(lambda: bool(self._outputs), timeout_s)
@@ -254,8 +272,7 @@ class Generation:
             else:
                 choice.error = InternalError("the request ended without a result")
         except Exception as error:
-            log_defect(error, self.plan.id)
-            choice.error = InternalError("internal error while generating")
+            choice.error = self._defect(error)
         if choice.error is None:
             self._running -= 1
         self._error = self._error or choice.error
@@ -263,15 +280,33 @@ class Generation:
             self.gone = True
         self._wake.set()
 
+    def _defect(self, error: Exception) -> InternalError:
+        log_defect(error, self.plan.id)
+        return InternalError("internal error while generating")
+
+    def _tokens(self, choice: Choice, ids: tuple[int, ...]) -> None:
+        """The path of every token: what the service calls must not raise."""
+        try:
+            text = choice.tokens(ids)
+            if text:
+                self._emit((Delta(choice.plan.index, text),))
+        except Exception as error:
+            choice.error = choice.error or self._defect(error)
+            asyncio.get_running_loop().call_soon(choice.stream.cancel, "internal error")
+
     def _emit(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
             if isinstance(output, Notice) and not self._notices:
                 continue
-            last = self._outputs[-1] if self._outputs else None
-            if isinstance(output, Delta) and isinstance(last, Delta) and last.index == output.index:
-                last.text += output.text
-            else:
-                self._outputs.append(output)
+            if self._outputs or self.sink is None or not self.sink(output):
+                self._pile_up(output)
+
+    def _pile_up(self, output: Output) -> None:
+        last = self._outputs[-1] if self._outputs else None
+        if isinstance(output, Delta) and isinstance(last, Delta) and last.index == output.index:
+            last.text += output.text
+        else:
+            self._outputs.append(output)
         self._wake.set()
 
     def usage(self) -> dict[str, Any]:

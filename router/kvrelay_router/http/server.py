@@ -17,8 +17,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvrelay_protocol.errors import InvalidRequest, PortInUse, UsageError
 from kvrelay_router.config import RouterConfig
-from kvrelay_router.http.answer import ABORT_EXTENSION
+from kvrelay_router.http.direct import EXTENSION, DirectClient
 from kvrelay_router.http.errors import error_object
+from kvrelay_router.http.outbox import Outbox
 
 MAX_HEAD_BYTES = 64 * 1024
 _BACKLOG = 2048
@@ -26,14 +27,21 @@ _FLUSH_S = 5
 """After a drain every answer has ended; this long for their last bytes to leave."""
 
 
+class EdgeConfig(uvicorn.Config):
+    """What the connections of one server share."""
+
+    outbox: Outbox
+
+
 class EdgeProtocol(HttpToolsProtocol):
-    """One connection, with a bound on its request head, on silence before a request is complete, and
-    an abort for clients that read nothing.
+    """One connection, with a bound on its request head, on silence before a request is complete, a
+    short way for the pieces of an answer, and an abort for clients that read nothing.
 
     Closing a connection waits until the peer took what is buffered; a peer that never reads would
     hold its buffers for ever.
     """
 
+    config: EdgeConfig
     silence_s = 30.0
     _in_head = False
     _head_bytes = 0
@@ -42,16 +50,18 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._client = DirectClient(transport, self.flow, self.config.outbox)
         self._expect_bytes()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
         super().connection_lost(exc)
+        self._client.lost()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
-        self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[dict-item]
+        self.scope["extensions"] = {EXTENSION: self._client}  # type: ignore[dict-item]
         self._expect_bytes()
 
     def on_headers_complete(self) -> None:
@@ -125,22 +135,22 @@ class EdgeServer(uvicorn.Server):
 
 def create_server(app: ASGIApp, config: RouterConfig) -> EdgeServer:
     """A server for one app; `serve(sockets=[...])` runs it until `should_exit`."""
-    server = EdgeServer(
-        uvicorn.Config(
-            app,
-            http=EdgeProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            # Port scanners and the like get their 400; whoever runs this needs no warning of each.
-            log_level="error",
-            access_log=config.log_requests,
-            server_header=False,
-            ssl_certfile=config.tls_cert,
-            ssl_keyfile=config.tls_key,
-            timeout_graceful_shutdown=_FLUSH_S,
-        ),
+    settings = EdgeConfig(
+        app,
+        http=EdgeProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        # Port scanners and the like get their 400; whoever runs this needs no warning of each.
+        log_level="error",
+        access_log=config.log_requests,
+        server_header=False,
+        ssl_certfile=config.tls_cert,
+        ssl_keyfile=config.tls_key,
+        timeout_graceful_shutdown=_FLUSH_S,
     )
+    settings.outbox = Outbox()
+    server = EdgeServer(settings)
     if config.log_requests:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     return server

@@ -8,6 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_quote = json.encoder.encode_basestring_ascii
+"""What `json.dumps` does with a string, past the rest of it."""
+
 DONE = b"data: [DONE]\n\n"
 PING_COMMENT = b": ping\n\n"
 PING_EVENT = b"event: ping\ndata: {}\n\n"
@@ -46,4 +49,4 @@ class SplicedFrame:
     HOLE = _MARK
 
     def render(self, text: str) -> bytes:
-        return f"{self._before}{json.dumps(text)}{self._after}".encode("ascii")
+        return f"{self._before}{_quote(text)}{self._after}".encode("ascii")

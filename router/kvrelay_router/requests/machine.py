@@ -188,6 +188,33 @@ class RequestMachine:
     def replays(self) -> int:
         return self._run.number if self._run else 0
 
+    def take(
+        self, sequence_id: int, worker: str, first_index: int, tokens: tuple[int, ...]
+    ) -> bool:
+        """`handle(TokensArrived(...))` for what comes with every step: tokens in the middle of an answer.
+
+        Returns:
+            True where the tokens were due, are accepted, and must be emitted as they are. False where
+            there is more to it: then nothing happened, and `handle` decides.
+        """
+        run = self._run
+        emitted = self.emitted
+        due = len(emitted)
+        if (
+            run is None
+            or self.state is not State.DECODING
+            or first_index != due
+            or sequence_id != run.sequence_id
+            or not run.live
+            or due <= run.offset
+            or due + len(tokens) >= self.request.max_tokens
+            or not tokens
+            or worker not in (run.path.decode_worker, run.path.prefill_worker)
+        ):
+            return False
+        emitted.extend(tokens)
+        return True
+
     def handle(self, event: Event) -> list[Action]:
         """Take one event; what is late, foreign or repeated yields nothing."""
         if self.state.terminal:
@@ -385,18 +412,7 @@ class RequestMachine:
 
     def _tokens(self, event: TokensArrived) -> list[Action]:
         run = self._attempt()
-        due = len(self.emitted)
-        if (
-            event.first_index == due
-            and event.finish is None
-            and self.state is State.DECODING
-            and due > run.offset
-            and due + len(event.tokens) < self.request.max_tokens
-        ):
-            # The one event that comes for every token: what `_accept` does, less what can't apply.
-            self.emitted.extend(event.tokens)
-            return [Emit(Tokens(event.tokens))] if event.tokens else []
-        if event.first_index > due:
+        if event.first_index > len(self.emitted):
             return self._hold(run, event)
         skip = len(self.emitted) - event.first_index
         if skip > len(event.tokens):

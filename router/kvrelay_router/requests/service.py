@@ -190,12 +190,7 @@ class RouterService:
         now = self._clock()
         match message.WhichOneof("message"):
             case "step_output":
-                for run in message.step_output.runs:
-                    flight = self._by_sequence.get(run.sequence_id)
-                    if flight is not None:
-                        self._feed(flight, tokens_event(now, link.name, run))
-                self._metrics.generation_tokens.inc(self._generated)
-                self._generated = 0
+                self._step(now, link.name, message.step_output)
             case "heartbeat":
                 self._metrics.worker_loads(link)
                 self._schedule_pump()
@@ -205,6 +200,31 @@ class RouterService:
                 event = worker_event(now, link.name, message)
                 if event is not None:
                     self._sequence_event(link, event)
+
+    def _step(self, now: float, worker: str, step: pb.StepOutput) -> None:
+        """The tokens of one engine step, all sequences. Most of them need nothing but to be passed on."""
+        by_sequence, gaps = self._by_sequence, self._metrics.inter_token_latency
+        passed_on = 0
+        for run in step.runs:
+            sequence_id = run.sequence_id
+            flight = by_sequence.get(sequence_id)
+            if flight is None:
+                continue
+            tokens = tuple(run.tokens)
+            last = flight.last_token_at
+            if (
+                last is None
+                or run.finish
+                or not flight.machine.take(sequence_id, worker, run.first_index, tokens)
+            ):
+                self._feed(flight, tokens_event(now, worker, run))
+                continue
+            flight.stream.put_tokens(tokens)
+            gaps.observe((now - last) / len(tokens))
+            flight.last_token_at = now
+            passed_on += len(tokens)
+        self._metrics.generation_tokens.inc(self._generated + passed_on)
+        self._generated = 0
 
     def _sequence_event(self, link: WorkerLink, event: events.WorkerEvent) -> None:
         flight = self._by_sequence.get(event.sequence_id)

@@ -29,6 +29,7 @@ class EventStream:
         self._events: deque[RequestEvent] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
+        self._take_tokens: Callable[[tuple[int, ...]], None] | None = None
 
     def __aiter__(self) -> AsyncIterator[RequestEvent]:
         return self
@@ -46,6 +47,9 @@ class EventStream:
         self._ended = isinstance(event, Finished | Failed)
         return event
 
+    def divert(self, take: Callable[[tuple[int, ...]], None]) -> None:
+        self._take_tokens = take
+
     def stop_early(self) -> None:
         self._on_stop()
 
@@ -58,6 +62,13 @@ class EventStream:
         # One wake-up for all the events of a step: the reader runs after this loop iteration.
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def put_tokens(self, ids: tuple[int, ...]) -> None:
+        """For the service alone: what comes for every token."""
+        if self._take_tokens is not None and not self._events:
+            self._take_tokens(ids)
+        else:
+            self.put(Tokens(ids))
 
     def _take(self) -> RequestEvent:
         event = self._events.popleft()

@@ -1,6 +1,6 @@
 """What the HTTP edge gives to the request service, and the events it gets back."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -143,6 +143,12 @@ class RequestStream(Protocol):
     """W3C context of the request's root span: the parent of further answers to the same client."""
 
     def __aiter__(self) -> AsyncIterator[RequestEvent]: ...
+
+    def divert(self, take: Callable[[tuple[int, ...]], None]) -> None:
+        """Allow tokens to go to `take` at once, from within the service, instead of coming as `Tokens`.
+
+        They do so only while no event before them waits for the reader. `take` must not raise.
+        """
 
     def stop_early(self) -> None:
         """A stop string was found: cancel in both pools; the stream then ends in `Finished(STOP)`."""
