@@ -1,7 +1,7 @@
 """Where the queries of a step and their KV lie, for every kernel that attends."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,6 +32,12 @@ class AttentionLayout:
     host_context_lens: tuple[int, ...]
     num_decodes: int
     """How many leading sequences have exactly one query."""
+    derived: dict[object, object] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What kernels made of this layout in the step's first layer and use again in the others. A
+    captured pass needs a layout of its own (`replace(layout)`): what an earlier one made would not
+    be made again when the graph is replayed."""
 
     def __post_init__(self) -> None:
         sequences = len(self.host_query_lens)

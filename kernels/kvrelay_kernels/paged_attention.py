@@ -19,6 +19,8 @@ uses it (a row sees itself and the `w - 1` tokens before it); the cap of "Gemma 
 import torch
 
 from kvrelay_kernels.checks import check_dtype, check_shape
+from kvrelay_kernels.cpu.library import native
+from kvrelay_kernels.cpu.paged_attention import paged_attention_cpu
 from kvrelay_kernels.layout import AttentionLayout, attention_layout
 from kvrelay_kernels.reference.paged_attention import paged_attention_reference
 
@@ -73,6 +75,20 @@ def paged_attention(
             soft_cap=soft_cap,
             out=out,
         )
+    library = native(query, out) if query.shape[2] % 16 == 0 else None
+    if library is not None:
+        paged_attention_cpu(
+            library,
+            query,
+            key_cache,
+            value_cache,
+            layout,
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            out=out,
+        )
+        return out
     return paged_attention_reference(
         query,
         key_cache,

@@ -8,6 +8,8 @@ Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (arXiv:
 import torch
 
 from kvrelay_kernels.checks import check_dtype, check_shape
+from kvrelay_kernels.cpu.library import native
+from kvrelay_kernels.cpu.rms_norm import rms_norm_cpu
 from kvrelay_kernels.reference.rms_norm import add_rms_norm_reference, rms_norm_reference
 
 
@@ -33,6 +35,10 @@ def rms_norm(
         from kvrelay_kernels.cuda.rms_norm import rms_norm_cuda
 
         return rms_norm_cuda(x, weight, eps, out=out)
+    library = native(x, weight, out)
+    if library is not None and x.dim() == 2:
+        rms_norm_cpu(library, x, weight, eps, out=out)
+        return out
     return rms_norm_reference(x, weight, eps, out=out)
 
 
@@ -66,6 +72,10 @@ def add_rms_norm(
         from kvrelay_kernels.cuda.rms_norm import add_rms_norm_cuda
 
         return add_rms_norm_cuda(x, residual, weight, eps, out=out)
+    library = native(x, residual, weight, out)
+    if library is not None and x.dim() == 2:
+        rms_norm_cpu(library, x, weight, eps, residual=residual, out=out)
+        return out
     return add_rms_norm_reference(x, residual, weight, eps, out=out)
 
 

@@ -15,6 +15,8 @@ in Qwen3; the slot mapping of Kwon et al., "PagedAttention", 2023 (arXiv:2309.06
 import torch
 
 from kvrelay_kernels.checks import check_dtype, check_shape
+from kvrelay_kernels.cpu.library import native
+from kvrelay_kernels.cpu.rotary_kv_write import rotary_kv_write_cpu
 from kvrelay_kernels.reference.rotary_kv_write import rotary_kv_write_reference
 
 
@@ -50,14 +52,30 @@ def rotary_kv_write(  # noqa: PLR0917 # tensors by position, settings by name
         ValueError: shapes or dtypes do not match.
     """
     _check(qkv, key_cache, value_cache, slots, cos, sin)
+    head_dim = key_cache.shape[3]
     for name, weight in (("query_norm", query_norm), ("key_norm", key_norm)):
         if weight is not None:
-            check_shape(name, weight, (key_cache.shape[3],))
+            check_shape(name, weight, (head_dim,))
             check_dtype(name, weight, qkv.dtype)
     if qkv.device.type == "cuda":
         from kvrelay_kernels.cuda.rotary_kv_write import rotary_kv_write_cuda
 
         rotary_kv_write_cuda(
+            qkv,
+            key_cache,
+            value_cache,
+            slots,
+            cos,
+            sin,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            eps=eps,
+        )
+        return
+    library = native(qkv, cos, sin, query_norm, key_norm)
+    if library is not None and qkv.stride(1) == head_dim and cos.stride(0) == sin.stride(0):
+        rotary_kv_write_cpu(
+            library,
             qkv,
             key_cache,
             value_cache,

@@ -8,6 +8,8 @@ Source: Shazeer, "GLU Variants Improve Transformer", 2020 (arXiv:2002.05202).
 import torch
 
 from kvrelay_kernels.checks import check_dtype, check_shape
+from kvrelay_kernels.cpu.library import native
+from kvrelay_kernels.cpu.silu_mul import silu_mul_cpu
 from kvrelay_kernels.reference.silu_mul import silu_mul_reference
 
 
@@ -35,4 +37,8 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
         from kvrelay_kernels.cuda.silu_mul import silu_mul_cuda
 
         return silu_mul_cuda(gate_up, out=out)
+    library = native(gate_up, out)
+    if library is not None and gate_up.dim() == 2:
+        silu_mul_cpu(library, gate_up, out=out)
+        return out
     return silu_mul_reference(gate_up, out=out)

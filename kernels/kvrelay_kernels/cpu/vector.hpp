@@ -85,7 +85,12 @@ static inline float to_float(float16 x) {
 
 static inline f32x16 load_f32(const float* from) { return load<f32x16>(from); }
 static inline f32x16 load_f32(const bfloat16* from) {
+#if defined(__AVX512F__)
+  // The compiler would widen in two halves.
+  return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#else
   return (f32x16)(__builtin_convertvector(load<u16x16>(from), u32x16) << 16);
+#endif
 }
 static inline f32x16 load_f32(const float16* from) {
 #if defined(__AVX512F__)
