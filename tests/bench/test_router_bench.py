@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvrelay_bench.router.command import COMMAND
-from kvrelay_bench.router.load_client import Exchange, check
+from kvrelay_bench.router.load_client import Exchange, arrivals_of_tokens, check
 from kvrelay_bench.router.measure import evaluate
 from kvrelay_bench.router.stack import Seen
 from kvrelay_bench.router.workload import Workload, answer_ids, text_tokens
@@ -71,10 +71,11 @@ def answer_to(table, tokenizer, workload, *, skip=()):
 def test_a_lost_token_is_found(tokenizer, table):
     workload = a_workload()
     whole = Exchange(0, pieces=[(1, answer_to(table, tokenizer, workload))])
-    assert check(whole, workload, table, tokenizer) == 3
+    assert check(whole, workload, table, tokenizer) == [1, 1, 1]
+    assert arrivals_of_tokens(whole, [1, 1, 1]) == [1, 1, 1]
     assert not whole.error
     holed = Exchange(0, pieces=[(1, answer_to(table, tokenizer, workload, skip={1}))])
-    assert check(holed, workload, table, tokenizer) == 0
+    assert check(holed, workload, table, tokenizer) == []
     assert holed.error == "another text than its tokens"
 
 
@@ -84,13 +85,13 @@ def test_a_lost_token_is_found(tokenizer, table):
 )  # fmt: skip
 def test_an_answer_that_is_none_is_an_error(tokenizer, table, raw, words):
     exchange = Exchange(0, pieces=[(1, raw)])
-    assert check(exchange, a_workload(), table, tokenizer) == 0
+    assert check(exchange, a_workload(), table, tokenizer) == []
     assert words in exchange.error
 
 
 def test_what_the_mock_waited_is_not_added_latency():
     exchange = {"request": 0, "due": 0, "sent": 1_000_000, "arrived": [9_000_000, 12_000_000],
-                "tokens": 2, "error": ""}  # fmt: skip
+                "events": 2, "error": ""}  # fmt: skip
     marks = {"begin": [0, 1.0, 0.0], "end": [20_000_000, 1.5, 0.1]}
     workers = {"submitted": [[0, 3_000_000]], "answered": [[0, 8_000_000]],
                "steps": [11_000_000], "joined": [[0, [0, 1]]]}  # fmt: skip

@@ -41,7 +41,7 @@ class Measurement:
     cpu_us_per_token: float
     tokens_per_cpu_s: float
     tokens_per_read: float
-    """Events in one read of the client: 1 where each had a write of its own."""
+    """Tokens in one read of the client: 1 where each had a write of its own."""
     added_ms: Summary | None
     to_worker_ms: Summary | None
     to_client_ms: Summary | None
@@ -72,10 +72,10 @@ def evaluate(workload: Workload, seen: Seen) -> Measurement:
         requests=len(measured),
         errors=len(failed),
         first_error=failed[0] if failed else "",
-        lost_tokens=sum(workload.tokens - exchange["tokens"] for exchange in measured),
+        lost_tokens=sum(workload.tokens - len(exchange["arrived"]) for exchange in measured),
         tokens_per_event=_ratio(
-            sum(exchange["tokens"] for exchange in good),
             sum(len(exchange["arrived"]) for exchange in good),
+            sum(exchange["events"] for exchange in good),
         ),
         seconds=seconds,
         requests_per_s=len(measured) / seconds,
@@ -122,8 +122,6 @@ class _Times:
         """Milliseconds each token of the decode worker but the first event's took."""
         first_step, first_index = self._joined.get(exchange["request"], (0, 0))
         later = enumerate(exchange["arrived"][max(first_index, 1) :], max(first_index, 1))
-        if len(exchange["arrived"]) != exchange["tokens"]:
-            return []  # text of several tokens came as one event: which is which can't be told
         return [(at - self._steps[first_step + i - first_index]) / 1e6 for i, at in later]
 
 
