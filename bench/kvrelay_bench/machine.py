@@ -161,6 +161,26 @@ def _best_time(action: Callable[[], object]) -> float:
     return best
 
 
+class BusyCores:
+    """How much of the machine others used, from its construction on."""
+
+    def __init__(self) -> None:
+        self._begun, self._busy = time.monotonic(), _busy_core_seconds()
+
+    def foreign_share(self, own_cpu_seconds: float) -> float:
+        """Share of all core time that neither was idle nor was `own_cpu_seconds`, 0 to 1."""
+        elapsed = time.monotonic() - self._begun
+        foreign = _busy_core_seconds() - self._busy - own_cpu_seconds
+        return min(1.0, max(0.0, foreign / (elapsed * (os.cpu_count() or 1))))
+
+
+def _busy_core_seconds() -> float:
+    """Time in which a core was not idle (proc(5), stat: user, nice, system, irq, softirq, steal)."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def _read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
     try:
         lines = path.read_text().splitlines()

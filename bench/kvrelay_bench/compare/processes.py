@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvrelay_bench.machine import BusyCores
 from kvrelay_protocol.errors import WorkerStartFailed
 
 WORKERS = Path(__file__).parent / "workers"
@@ -41,6 +42,8 @@ class Start:
     import_s: float
     ready_s: float
     versions: Mapping[str, str]
+    phases: Mapping[str, float]
+    """Seconds of the parts of loading, where the engine tells them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,8 @@ class Run:
     seconds: float
     cpu_seconds: float
     """Of all the engine's processes."""
-    foreign_cpu_seconds: float
-    """Of everything else on the machine meanwhile, time stolen by its host included."""
+    foreign_share: float
+    """Share of the machine's cores that others had meanwhile, time stolen by its host included."""
     tokens: list[list[int]]
     ended_at: float
     """Of the machine's monotonic clock."""
@@ -96,6 +99,7 @@ class EngineProcess:
             import_s=since["imported"],
             ready_s=since["ready"],
             versions=marks["ready"]["versions"],
+            phases=marks["ready"]["phases"],
         )
 
     def tune(self, prompts: list[list[int]], output_len: int, timeout_s: float) -> dict[str, str]:
@@ -111,17 +115,17 @@ class EngineProcess:
             WorkerStartFailed: the process ended, took longer, or gave other than `output_len`
                 tokens for every prompt.
         """
-        own, whole = _group_cpu_seconds(self._process.pid), _machine_cpu_seconds()
+        own, busy = _group_cpu_seconds(self._process.pid), BusyCores()
         reply = self._ask("generated", timeout_s, do="generate", prompts=prompts,
                           output_len=output_len)  # fmt: skip
         own = _group_cpu_seconds(self._process.pid) - own
-        whole = _machine_cpu_seconds() - whole
+        foreign = busy.foreign_share(own)
         if [len(row) for row in reply["tokens"]] != [output_len] * len(prompts):
             raise WorkerStartFailed(
                 f"{self.spec.name} returned {[len(row) for row in reply['tokens']]} tokens, "
                 f"{output_len} were asked of each of {len(prompts)} prompts"
             )
-        return Run(reply["seconds"], own, max(0.0, whole - own), reply["tokens"], reply["at"])
+        return Run(reply["seconds"], own, foreign, reply["tokens"], reply["at"])
 
     def check(
         self, prompts: list[list[int]], output_len: int, top: int, timeout_s: float
@@ -211,15 +215,9 @@ def _group_cpu_seconds(group: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _machine_cpu_seconds() -> float:
-    """Time in which a core was not idle (proc(5): user, nice, system, irq, softirq, steal)."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
 def last_line(log: Path) -> str:
     """The last line of a log that says something."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     said: Sequence[str] = [line for line in lines if line]
-    return said[-1][:300] if said else "it printed nothing"
+    # Our errors are one clear line; the name of their class adds nothing.
+    return said[-1].removeprefix("kvrelay_protocol.errors.")[:300] if said else "it printed nothing"

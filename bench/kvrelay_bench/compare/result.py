@@ -1,5 +1,6 @@
 """From single calls to rows, tables and the sentences under them."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,11 @@ class Measurement:
     round: int
     seconds: float
     cpu_seconds: float
-    foreign_cpu_seconds: float
+    foreign_share: float
 
     @classmethod
     def of(cls, point: Point, engine: str, number: int, run: Run) -> "Measurement":
-        return cls(point, engine, number, run.seconds, run.cpu_seconds, run.foreign_cpu_seconds)
+        return cls(point, engine, number, run.seconds, run.cpu_seconds, run.foreign_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Row:
     floor_share: float | None
     """The time it can't be done faster than, of the median."""
     foreign_share: float
-    """CPU time of other processes, of the cores' time during the calls: what disturbed them."""
+    """Share of the machine's cores that other processes had during the calls: what disturbed them."""
 
     @property
     def rate(self) -> float:
@@ -107,8 +108,6 @@ def make_row(
     """Summarise the calls of one engine at one point."""
     seconds = summarise(measurement.seconds for measurement in group)
     work = work_of(point, shape, WEIGHT_BYTES[spec.dtype])
-    threads = limits.threads if limits else 1
-    foreign = sum(measurement.foreign_cpu_seconds for measurement in group)
     return Row(
         point=point,
         engine=spec.name,
@@ -121,7 +120,7 @@ def make_row(
         else work.bytes / seconds.median / limits.read_bytes_per_s,
         gemm_share=None if limits is None else work.flops / seconds.median / limits.float_flops,
         floor_share=None if limits is None else work.floor_s(limits) / seconds.median,
-        foreign_share=foreign / threads / sum(measurement.seconds for measurement in group),
+        foreign_share=statistics.fmean(call.foreign_share for call in group),
     )
 
 

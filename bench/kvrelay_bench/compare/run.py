@@ -203,7 +203,7 @@ class Session:
         last[point, name] = run.seconds
         self.findings.measured.append(Measurement.of(point, name, number, run))
         place = f"round {number}/{self.values.rounds}  {point!s:<10} {name:<21}"
-        say(f"{place} {_progress(point, run, self.setting.threads)}")
+        say(f"{place} {_progress(point, run)}")
 
     def _drop(self, name: str, error: WorkerStartFailed) -> None:
         """Go on without a peer; without our own engine there is nothing to compare."""
@@ -226,12 +226,11 @@ def _awake(process: EngineProcess) -> Iterator[EngineProcess]:
         process.sleep()
 
 
-def _progress(point: Point, run: Run, threads: int) -> str:
+def _progress(point: Point, run: Run) -> str:
     tokens = point.tokens if point.is_prefill else point.generated
     text = f"{run.seconds:8.2f} s {tokens / run.seconds:8.1f} tokens/s"
-    foreign = run.foreign_cpu_seconds / run.seconds / threads
-    if foreign > _FOREIGN_LIMIT:
-        text += f"  (other processes took {foreign:.0%} of the cores)"
+    if run.foreign_share > _FOREIGN_LIMIT:
+        text += f"  (others had {run.foreign_share:.0%} of the cores)"
     return text
 
 

@@ -1,5 +1,10 @@
 """kvrelay through its offline class."""
 
+import functools
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -7,12 +12,24 @@ import torch
 
 from kvrelay import LLM, SamplingParams
 
+# What `LLM` imports when it is constructed: here, it counts as importing.
+for _name in ("kvrelay.offline.engine", "kvrelay_engine.loading"):
+    importlib.import_module(_name)
+
+_PHASES = {
+    "weights, packing": ("kvrelay_engine.loading", "load_weights"),
+    "warm-up": ("kvrelay_engine.runtime.warmup", "warm_up"),
+}
+"""Functions whose time is told apart while the engine loads."""
+
 
 class Engine:
-    """Options: model, dtype, quantization, device, threads, max_model_len, max_num_seqs."""
+    """Options: what `LLM` takes."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._llm = LLM(enable_prefix_caching=False, **options)
+        self.phases: dict[str, float] = {}
+        with _timed(self.phases):
+            self._llm = LLM(enable_prefix_caching=False, **options)
 
     def versions(self) -> dict[str, str]:
         return {"kvrelay": version("kvrelay"), "torch": str(torch.__version__)}
@@ -42,3 +59,29 @@ class Engine:
 
 def _as_floats(entries: Any) -> dict[int, float]:
     return {token: float(getattr(entry, "logprob", entry)) for token, entry in entries.items()}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Let the functions of `_PHASES` note how long they take."""
+    replaced = []
+    for phase, (module_name, name) in _PHASES.items():
+        module = importlib.import_module(module_name)
+        replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, _timing(getattr(module, name), phase, seconds))
+    try:
+        yield
+    finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
+
+
+def _timing(function: Callable[..., Any], phase: str, seconds: dict[str, float]) -> Any:
+    @functools.wraps(function)
+    def timed(*arguments: Any, **named: Any) -> Any:
+        begun = time.perf_counter()
+        result = function(*arguments, **named)
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begun
+        return result
+
+    return timed

@@ -28,7 +28,7 @@ def main() -> int:
     defined = runpy.run_path(str(Path(__file__).with_name(f"{module}.py")))
     _reply(replies, "imported")
     engine = defined["Engine"](options)
-    _reply(replies, "ready", versions=engine.versions())
+    _reply(replies, "ready", versions=engine.versions(), phases=getattr(engine, "phases", {}))
     for line in sys.stdin:
         event, values = _answer(engine, json.loads(line))
         _reply(replies, event, **values)

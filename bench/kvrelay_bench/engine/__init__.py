@@ -1,0 +1,1 @@
+"""`kvrelay bench engine`: offline throughput of this engine, beside the machine's limits."""
