@@ -1,13 +1,8 @@
 """How the small kernels are launched."""
 
-import functools
-
 import torch
 
-
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+from kvrelay_kernels.cuda.device import device_traits
 
 
 def overlap(tensor: torch.Tensor) -> dict[str, bool]:
@@ -16,6 +11,6 @@ def overlap(tensor: torch.Tensor) -> dict[str, bool]:
     Programmatic dependent launch, from Hopper on. A kernel that takes these has a constant `PDL` and
     calls `gdc_wait` before its first access to memory that another kernel may write or still read.
     """
-    if tensor.device.type == "cuda" and _overlaps(tensor.device):
+    if device_traits(tensor.device).capability >= 90:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
