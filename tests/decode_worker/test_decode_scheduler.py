@@ -10,10 +10,10 @@ from kvrelay_decode.scheduler import (
     Reserved,
     TokenSampled,
 )
-from kvrelay_engine.batch import StepResult
+from kvrelay_engine.batch import StepResult, TokenLogprobs
 from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.sequence import FinishReason, SequenceFailed, SequenceSpec
-from kvrelay_protocol.errors import InternalError
+from kvrelay_protocol.errors import InternalError, InvalidRequest
 from kvrelay_protocol.sampling import SamplingParams
 
 BLOCK = 4
@@ -28,7 +28,7 @@ def make_scheduler(blocks=16, batch=8, sequences=8):
     )
 
 
-def spec(sequence_id, length, *, max_tokens=5, stop=(), base=0, offset=0):
+def spec(sequence_id, length, *, max_tokens=5, stop=(), base=0, offset=0, **sampling):
     return SequenceSpec(
         sequence_id=sequence_id,
         request_id=f"r{sequence_id}",
@@ -36,7 +36,7 @@ def spec(sequence_id, length, *, max_tokens=5, stop=(), base=0, offset=0):
         output_offset=offset,
         max_tokens=max_tokens,
         stop_token_ids=frozenset(stop),
-        sampling=SamplingParams(temperature=0.0),
+        sampling=SamplingParams(temperature=0.0, **sampling),
         deadline_s=60.0,
     )
 
@@ -237,3 +237,72 @@ def test_leases_that_come_late_or_never_neither_block_nor_leak(data):
     assert step(scheduler) is None
     counts = scheduler.allocator.counts
     assert counts.free + counts.cached == counts.total
+
+
+def histories(scheduler, token=99):
+    """What the sampler is told in one step: counts by token, and banned tokens, of each sequence."""
+    batch = scheduler.schedule()
+    found = {}
+    for part in batch.slices:
+        counts = part.history and part.history.counts
+        pairs = counts and zip(counts.tokens.tolist(), counts.output_counts.tolist(), strict=True)
+        found[part.sequence_id] = (pairs and dict(pairs), part.history and part.history.banned)
+    scheduler.commit(
+        batch,
+        StepResult({s.sequence_id: token for s in batch.slices if s.sampling is not None}),
+    )
+    return found
+
+
+def test_the_sampler_is_told_of_tokens_only_where_penalties_ask():
+    scheduler = make_scheduler(batch=16)
+    scheduler.submit(spec(1, 3))
+    scheduler.submit(spec(2, 3, base=50, presence_penalty=1.0))
+    assert histories(scheduler) == {1: (None, None), 2: ({50: 0, 51: 0, 52: 0}, ())}
+    assert histories(scheduler) == {1: (None, None), 2: ({50: 0, 51: 0, 52: 0, 99: 1}, ())}
+
+
+def test_tokens_generated_before_a_replay_or_on_another_worker_count_as_output():
+    scheduler = make_scheduler(batch=16)
+    scheduler.submit(spec(1, 6, offset=4, frequency_penalty=1.0))
+    assert histories(scheduler)[1][0] == {0: 0, 1: 0, 2: 1, 3: 1, 4: 1, 5: 1}
+    scheduler.reserve(spec(2, 3, base=50, frequency_penalty=1.0))
+    histories(scheduler)
+    scheduler.start(2, first_token=51)
+    assert histories(scheduler)[2][0] == {50: 0, 51: 1, 52: 0}
+
+
+def test_preempted_tokens_are_counted_once():
+    scheduler = make_scheduler(blocks=4, batch=16)
+    scheduler.submit(spec(1, 7, max_tokens=9))
+    scheduler.submit(spec(2, 3, max_tokens=9, base=100, frequency_penalty=1.0))
+    generated = 0
+    while scheduler.load().running or scheduler.load().waiting or not generated:
+        found = histories(scheduler)
+        if 2 in found and found[2][0] is not None:
+            assert found[2][0].get(99, 0) == generated
+            generated += 1
+    assert (generated, scheduler.load().preemptions) == (9, 1)
+
+
+def test_stop_tokens_are_banned_until_the_answer_is_long_enough():
+    scheduler = make_scheduler(batch=16)
+    scheduler.submit(spec(1, 3, min_tokens=2, stop=(7,)))
+    scheduler.submit(spec(2, 5, offset=1, base=50, min_tokens=2, stop=(8,)))
+    assert histories(scheduler) == {1: (None, (7,)), 2: (None, (8,))}
+    assert histories(scheduler) == {1: (None, (7,)), 2: (None, None)}
+    assert histories(scheduler) == {1: (None, None), 2: (None, None)}
+
+
+def test_logprobs_come_with_their_token():
+    scheduler = make_scheduler(batch=16)
+    scheduler.submit(spec(1, 3))
+    found = TokenLogprobs(-0.5, 1, ())
+    scheduler.commit(scheduler.schedule(), StepResult({1: 9}, logprobs={1: found}))
+    assert sampled(scheduler) == [TokenSampled(1, 0, 9, None, found)]
+
+
+def test_a_stop_token_outside_the_vocabulary_cannot_be_banned():
+    with pytest.raises(InvalidRequest, match="stop token 12 is outside"):
+        spec(1, 3, min_tokens=1, stop=(12,)).check(vocab_size=10)
+    spec(1, 3, stop=(12,)).check(vocab_size=10)

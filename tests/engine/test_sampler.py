@@ -1,11 +1,17 @@
 """The generator's published vectors, and draws as a function of (seed, position, logits)."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kvrelay_engine.batch import SamplingHistory
 from kvrelay_engine.sampler.philox import philox4x32, uniforms
-from kvrelay_engine.sampler.sampler import prepare_sampling, sample_tokens
+from kvrelay_engine.sampler.sampler import prepare_sampling, sample_tokens, sampled_logprobs
+from kvrelay_engine.sampler.token_counts import TokenCounts
 from kvrelay_protocol.sampling import SamplingParams
 
 CPU = torch.device("cpu")
@@ -88,3 +94,76 @@ def test_the_seed_and_the_position_change_the_draw():
 def test_no_rows_at_all():
     prepared = prepare_sampling([], [], CPU)
     assert sample_tokens(torch.zeros(0, 5), prepared).tolist() == []
+
+
+def history(counts=None, banned=()):
+    return SamplingHistory(None if counts is None else TokenCounts(*counts), banned)
+
+
+def choose(logits, params, histories=()):
+    prepared = prepare_sampling(params, [5] * len(params), CPU, histories)
+    tokens = sample_tokens(logits, prepared)
+    return tokens, sampled_logprobs(logits, tokens, prepared, range(len(params)))
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=20),
+    st.lists(st.integers(0, 300), max_size=200),
+)
+def test_token_counts_are_those_of_a_counter(prompt, output):
+    counts = TokenCounts(prompt, output[:7])
+    for token in output[7:]:
+        counts.add(token)
+    found = dict(zip(counts.tokens.tolist(), counts.output_counts.tolist(), strict=True))
+    assert found == {**dict.fromkeys(prompt, 0), **Counter(output)}
+    assert len(counts.tokens) == len(found)
+
+
+def test_a_banned_token_is_never_chosen_greedily_or_drawn():
+    logits = torch.zeros(2, 6)
+    logits[:, 2] = 50.0
+    logits[:, 4] = 40.0
+    params = [SamplingParams(temperature=0.0), SamplingParams(seed=3)]
+    tokens, _ = choose(logits.clone(), params, [history(banned=(2,)), history(banned=(2, 4))])
+    assert tokens[0] == 4
+    assert tokens[1] not in {2, 4}
+    tokens, _ = choose(logits.clone(), params, [None, history(banned=(2,))])
+    assert tokens.tolist() == [2, 4]
+
+
+def test_penalties_concern_their_own_row_and_stay_out_of_the_logprobs():
+    logits = torch.tensor([[3.0, 2.9, 1.0, -1.0]]).repeat(3, 1)
+    penalised = SamplingParams(temperature=0.0, presence_penalty=0.5, logprobs=2)
+    plain = SamplingParams(temperature=0.0)
+    kept = logits.clone()
+    tokens, logprobs = choose(
+        kept,
+        [plain, penalised, penalised],
+        [None, history(([1], [0])), history(([0], [1]))],
+    )
+    assert tokens.tolist() == [0, 1, 0]
+    assert torch.equal(kept, logits), "logits that logprobs are taken from are left alone"
+    expected = logits[0].log_softmax(-1).tolist()
+    assert set(logprobs) == {1, 2}
+    assert logprobs[1].rank == 2
+    assert logprobs[1].logprob == pytest.approx(expected[1])
+    assert [token for token, _ in logprobs[1].top] == [0, 1]
+    assert logprobs[2].rank == 1
+
+
+def test_half_precision_logits_are_penalised_in_float32():
+    logits = torch.tensor([[3.0, 2.9, 1.0]], dtype=torch.bfloat16)
+    params = [SamplingParams(temperature=0.0, repetition_penalty=1.2)]
+    tokens, _ = choose(logits, params, [history(([0], []))])
+    assert tokens.tolist() == [1]
+
+
+def test_each_row_reports_as_many_logprobs_as_it_asked_for():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 30)
+    params = [SamplingParams(temperature=0.0, logprobs=top) for top in (None, 0, 3, 99)]
+    _, logprobs = choose(logits, params)
+    assert {row: len(found.top) for row, found in logprobs.items()} == {1: 0, 2: 3, 3: 30}
+    top = logits[2].log_softmax(-1).topk(3)
+    assert [token for token, _ in logprobs[2].top] == top.indices.tolist()
+    assert [value for _, value in logprobs[2].top] == pytest.approx(top.values.tolist())

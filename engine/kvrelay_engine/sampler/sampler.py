@@ -4,7 +4,6 @@ A step's logits go through bans and penalties, then temperature and the filters 
 are taken from the logits as the model gave them.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,10 +34,9 @@ class PreparedPenalties:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedSampling:
-    """The parameters of a step's rows on the device; `rows` are those not decoded greedily."""
+class PreparedDraws:
+    """Arguments of `sample` for the rows that are not decoded greedily."""
 
-    num_rows: int
     rows: torch.Tensor
     """`[drawn]` int64."""
     temperature: torch.Tensor
@@ -48,11 +46,19 @@ class PreparedSampling:
     top_p: torch.Tensor
     min_p: torch.Tensor
     uniform: torch.Tensor
-    penalties: PreparedPenalties | None = None
-    banned: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSampling:
+    """The parameters of a step's rows on the device; what no row needs is None."""
+
+    num_rows: int
+    draws: PreparedDraws | None
+    penalties: PreparedPenalties | None
+    banned: tuple[torch.Tensor, torch.Tensor] | None
     """Rows and token ids, both `[bans]` int64."""
-    logprobs: tuple[int | None, ...] | None = None
-    """How many of the most likely tokens each row reports; None where no row reports any."""
+    logprobs: tuple[int | None, ...] | None
+    """How many of the most likely tokens each row reports."""
 
 
 def prepare_sampling(
@@ -69,24 +75,13 @@ def prepare_sampling(
         device: where the logits will be.
         histories: one a row, or none at all where no row has one.
     """
-    rows = [index for index, row in enumerate(params) if not row.greedy]
-    wanted = tuple(row.logprobs for row in params)
-    with_history = [row for row, history in enumerate(histories) if history is not None]
-    penalties = banned = None
-    if with_history:
-        penalties = _prepare_penalties(params, histories, device)
-        banned = _prepare_bans(histories, device)
-    integers, table = _draw_parameters(params, positions, rows, device)
+    wanted = tuple([row.logprobs for row in params])
+    has_history = any(histories)
     return PreparedSampling(
         num_rows=len(params),
-        rows=integers[0],
-        temperature=table[0],
-        top_k=integers[1],
-        top_p=table[1],
-        min_p=table[2],
-        uniform=table[3],
-        penalties=penalties,
-        banned=banned,
+        draws=_prepare_draws(params, positions, device),
+        penalties=_prepare_penalties(params, histories, device) if has_history else None,
+        banned=_prepare_bans(histories, device) if has_history else None,
         logprobs=None if wanted.count(None) == len(wanted) else wanted,
     )
 
@@ -103,21 +98,19 @@ def sample_tokens(logits: torch.Tensor, prepared: PreparedSampling) -> torch.Ten
         `[rows]` int64 on the device of `logits`.
     """
     logits = _adjusted(logits, prepared)
-    drawn = len(prepared.rows)
-    if drawn == 0:
+    draws = prepared.draws
+    if draws is None:
         return greedy(logits)
-    chosen = logits if drawn == prepared.num_rows else logits.index_select(0, prepared.rows)
+    every = len(draws.rows) == prepared.num_rows
     tokens = sample(
-        chosen,
-        temperature=prepared.temperature,
-        top_k=prepared.top_k,
-        top_p=prepared.top_p,
-        min_p=prepared.min_p,
-        uniform=prepared.uniform,
+        logits if every else logits.index_select(0, draws.rows),
+        temperature=draws.temperature,
+        top_k=draws.top_k,
+        top_p=draws.top_p,
+        min_p=draws.min_p,
+        uniform=draws.uniform,
     )
-    if drawn == prepared.num_rows:
-        return tokens
-    return greedy(logits).index_copy_(0, prepared.rows, tokens)
+    return tokens if every else greedy(logits).index_copy_(0, draws.rows, tokens)
 
 
 def sampled_logprobs(
@@ -176,30 +169,30 @@ def _adjusted(logits: torch.Tensor, prepared: PreparedSampling) -> torch.Tensor:
     return adjusted
 
 
-def _draw_parameters(
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    rows: list[int],
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[2, drawn]` int64 with rows and top-k, `[4, drawn]` float64 with the rest."""
+def _prepare_draws(
+    params: Sequence[SamplingParams], positions: Sequence[int], device: torch.device
+) -> PreparedDraws | None:
+    rows = [index for index, row in enumerate(params) if not row.greedy]
     if not rows:
-        return _nothing_drawn(device)
+        return None
     drawn = [params[index] for index in rows]
-    # One table each is one transfer each.
+    # One table of each dtype is one transfer each.
     table = np.empty((4, len(rows)))
     table[0] = [row.temperature for row in drawn]
     table[1] = [row.top_p for row in drawn]
     table[2] = [row.min_p for row in drawn]
     table[3] = uniforms([row.seed for row in drawn], [positions[index] for index in rows])
+    temperature, top_p, min_p, uniform = torch.from_numpy(table).to(device).unbind()
     integers = np.array([rows, [row.top_k for row in drawn]], dtype=np.int64)
-    return torch.from_numpy(integers).to(device), torch.from_numpy(table).to(device)
-
-
-@functools.cache
-def _nothing_drawn(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    integers = torch.empty(2, 0, dtype=torch.int64, device=device)
-    return integers, torch.empty(4, 0, dtype=torch.float64, device=device)
+    row_indices, top_k = torch.from_numpy(integers).to(device).unbind()
+    return PreparedDraws(
+        rows=row_indices,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        uniform=uniform,
+    )
 
 
 def _prepare_penalties(
