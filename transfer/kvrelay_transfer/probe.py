@@ -144,7 +144,7 @@ async def _ask(uri: str, transport: KVTransport, peer: bytes, sizes: Sequence[in
 
 
 async def _throughput(transport: KVTransport, peer: bytes, size: int) -> float:
-    count, rates = _messages(size), []
+    count, rates = messages_per_round(size), []
     buffer = _touched(size)
     for _ in range(_ROUNDS):
         ack = transport.receive(_ACK, bytearray(1))
@@ -172,14 +172,15 @@ async def _answer(transport: KVTransport, peer: bytes, sizes: Sequence[int]) -> 
         buffers = [_touched(size), _touched(size)]
         for _ in range(_ROUNDS):
             receives = [transport.receive(_DATA, buffer) for buffer in buffers]
-            for i in range(_messages(size)):
+            for i in range(messages_per_round(size)):
                 await receives[i % 2].wait()
-                if i + 2 < _messages(size):
+                if i + 2 < messages_per_round(size):
                     receives[i % 2] = transport.receive(_DATA, buffers[i % 2])
             await transport.send(peer, _ACK, b"!")
 
 
-def _messages(size: int) -> int:
+def messages_per_round(size: int) -> int:
+    """Messages of `size` bytes that one throughput measurement sends."""
     return max(2, min(64, _ROUND_BYTES // max(size, 1)))
 
 

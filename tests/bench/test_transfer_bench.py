@@ -1,0 +1,180 @@
+"""`kvrelay bench transfer`: sizes, stages, UCX's own numbers, and one run between real processes."""
+
+import json
+
+import pytest
+import torch
+
+from kvrelay.cli.settings import resolve
+from kvrelay_bench.transfer import run as run_module
+from kvrelay_bench.transfer.command import COMMAND, SIZES
+from kvrelay_bench.transfer.perftest import parse_result
+from kvrelay_bench.transfer.pieces import LAYOUT, make_pool, piece_of, shuffled_blocks
+from kvrelay_bench.transfer.run import Results, describe, run_transfer, share_table
+from kvrelay_bench.transfer.stages import StageRates, Stages
+from kvrelay_protocol.errors import TransferError, TransportMisconfigured, UsageError
+
+KIB = 1024
+
+
+def flags(**given):
+    return resolve(COMMAND.flags, given, environ={})
+
+
+@pytest.mark.parametrize("size", [*SIZES, 16 * KIB, 48 * KIB, 96 * KIB * KIB])
+def test_a_message_has_the_blocks_that_make_its_size(size):
+    piece = piece_of(size)
+    assert piece.payload_bytes(LAYOUT) == size
+    assert piece.layer_count <= LAYOUT.num_layers
+    assert piece.block_count <= 256
+
+
+@pytest.mark.parametrize("size", [16 * KIB + 1, 8 * KIB, 16 * KIB * 6151])
+def test_a_size_that_no_blocks_make_is_refused_with_one_that_works(size):
+    with pytest.raises(UsageError, match=rf"--size {size}: .* take a multiple of 16384"):
+        piece_of(size)
+
+
+def test_blocks_are_distinct_and_in_no_order():
+    blocks = shuffled_blocks(20, 64, seed=1)
+    assert len(set(blocks)) == 20
+    assert list(blocks) != sorted(blocks)
+    assert max(blocks) < 64
+
+
+def test_stages_move_the_blocks_they_are_timed_with():
+    rates = Stages(pool_blocks=8).measure(64 * KIB, ring_bytes=256 * KIB)
+    parts = (rates.memcpy, rates.gather, rates.digest, rates.verify, rates.scatter)
+    assert all(part > 0 for part in parts)
+    assert 0 < rates.copies < min(parts[1:])
+
+
+def test_stages_notice_a_scatter_that_loses_a_block(monkeypatch):
+    stages = Stages(pool_blocks=8)
+    whole = stages._target.scatter
+    monkeypatch.setattr(
+        stages._target, "scatter",
+        lambda first, end, blocks, payload: whole(
+            first, end, blocks[:-1], payload[: len(payload) * (len(blocks) - 1) // len(blocks)]
+        ),
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="same blocks"):
+        stages.measure(64 * KIB, ring_bytes=128 * KIB)
+
+
+def test_the_time_of_all_copies_is_the_sum_of_the_stages():
+    assert StageRates(9.0, 4.0, 4.0, 4.0, 4.0).copies == pytest.approx(1.0)
+
+
+def test_the_pool_of_a_seed_is_random_and_repeatable():
+    one, two, zero = make_pool(4, seed=1), make_pool(4, seed=1), make_pool(4)
+    # As bits: random bfloat16 values hold NaN, which equals nothing.
+    assert torch.equal(one.tensor.view(torch.int16), two.tensor.view(torch.int16))
+    assert one.tensor.view(torch.int16).unique().numel() > 1000
+    assert not zero.tensor.any()
+
+
+PERFTEST = """\
++--------------+--------------+----------+---------+---------+----------+----------+-----------+
+|     Test     | # iterations | 50.0%ile | average | overall |  average |  overall |  average  |
++--------------+--------------+----------+---------+---------+----------+----------+-----------+
+                         200      7.111  1274.810  1274.810     3137.72    3137.72         784         784
+"""
+
+
+def test_perftests_mebibytes_become_decimal_gigabytes():
+    assert parse_result(PERFTEST) == pytest.approx(3137.72 * 2**20 / 1e9)
+    assert parse_result("failed to connect\n") is None
+
+
+def results(**rates):
+    made = Results({64 * KIB: {name: list(found) for name, found in rates.items()}})
+    made.transport, made.rounds = "tcp/lo", 3
+    made.latency_us, made.plain_latency_us = [100.0], [50.0]
+    return made
+
+
+def test_shares_are_of_medians_and_absent_where_nothing_was_measured():
+    made = results(send=[1.0, 3.0, 2.0], plain=[4.0], memcpy=[8.0, 16.0])
+    assert made.share(64 * KIB, "send", "plain") == 0.5
+    assert made.share(64 * KIB, "send", "perftest") is None
+    assert share_table(made).rows == [["64 KiB", "50%", None, "17%"]]
+    assert "tcp/lo" in describe(made)
+
+
+def test_only_ucx_can_be_compared_with_ucx(tmp_path):
+    with pytest.raises(UsageError, match="only ucx://"):
+        run_transfer(flags(transport="inproc://"))
+    with pytest.raises(TransportMisconfigured, match="shared memory"):
+        run_transfer(flags(transport="ucx://?tls=posix"))
+
+
+def test_a_run_between_real_processes_hands_over_exact_blocks(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    plot = tmp_path / "plot.svg"
+    values = flags(
+        size=["64KiB"],
+        prompt=["40"],
+        rounds="1",
+        out=str(out),
+        plot=str(plot),
+        skip_perftest="true",
+    )
+    assert run_transfer(values) == 0
+    report = json.loads(out.read_text())
+    (row,) = report["rows"]
+    names = {"memcpy", "gather", "digest", "verify", "scatter", "send", "plain"}
+    assert set(row["gb_per_s"]) == names
+    assert all(rate > 0 for rate in row["gb_per_s"].values())
+    (whole,) = report["handovers"]
+    assert whole["exact"]
+    assert whole["transport"] == report["transport"]
+    # 40 tokens are three blocks; the header of each message and the record come on top.
+    assert whole["bytes"] - 3 * LAYOUT.block_bytes in range(160, 4096)
+    assert "<svg" in plot.read_text()
+    assert report["transport"] in capsys.readouterr().out
+
+
+def scripted(monkeypatch, *endings):
+    """Rounds that end in an exception, or well."""
+    left = list(endings)
+
+    def one_round(_values, _config, _stages, made):
+        ending = left.pop(0)
+        if ending is not None:
+            raise ending
+        made.transport = "tcp/lo"
+        made.latency_us.append(1.0)
+        made.plain_latency_us.append(1.0)
+        for size in made.rates:
+            for name in ("memcpy", "send"):
+                made.add(name, size, 2.0)
+
+    monkeypatch.setattr(run_module, "_round", one_round)
+    monkeypatch.setattr(run_module, "Stages", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("endings", "code", "rounds", "failures"),
+    [
+        ((None, KeyboardInterrupt()), 130, 1, 0),
+        ((TransferError("lost"), None), 0, 1, 1),
+        ((None, TransferError("lost")), 0, 1, 1),
+    ],
+)
+def test_rounds_that_ended_are_kept_whatever_happens_to_the_others(
+    monkeypatch, tmp_path, endings, code, rounds, failures
+):
+    scripted(monkeypatch, *endings)
+    out = tmp_path / "result.json"
+    assert run_transfer(flags(rounds="2", out=str(out))) == code
+    report = json.loads(out.read_text())
+    assert (report["rounds"], len(report["rows"])) == (rounds, len(SIZES))
+    if failures and endings[-1] is None:
+        assert report["failures"] == ["lost"]
+
+
+def test_nothing_but_failures_is_a_failure(monkeypatch, tmp_path):
+    scripted(monkeypatch, TransferError("lost"))
+    assert run_transfer(flags(rounds="1", out=str(tmp_path / "result.json"))) == 1
+    assert not (tmp_path / "result.json").exists()
