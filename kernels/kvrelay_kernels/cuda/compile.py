@@ -130,7 +130,9 @@ def _compile(
         raise ValueError(f"{case.name} ({case.variant}): no type or value for {sorted(missing)}")
     source = ASTSource(
         fn=case.kernel,
-        signature={name: case.signature.get(name, "constexpr") for name in names},
+        signature={
+            name: "constexpr" if name in constexprs else case.signature[name] for name in names
+        },
         constexprs=constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )

@@ -73,6 +73,8 @@ class AotCase:
         default_factory=lambda: {target: Expect() for target in TARGETS}
     )
     """The targets to compile for, and what each must show."""
+    tested: tuple[int, ...] = TARGETS
+    """Targets that the test suite compiles too; large kernels leave some to `kvrelay bench`."""
 
     @property
     def name(self) -> str:
