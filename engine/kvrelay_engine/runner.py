@@ -25,7 +25,8 @@ from kvrelay_engine.sampler.sampler import (
     sample_tokens,
     sampled_logprobs,
 )
-from kvrelay_kernels.paged_attention import attention_layout
+from kvrelay_engine.upload import upload
+from kvrelay_kernels.layout import AttentionLayout
 from kvrelay_protocol.errors import InternalError, KvrelayError
 
 
@@ -78,11 +79,17 @@ class ModelRunner:
         logits = self._forward.run(prepared.packed, prepared.sampled_rows, kv_written)
         if not prepared.sampled_ids:
             return StepResult(tokens={})
-        errors = _not_finite(logits, prepared.sampled_ids)
+        finite = _finite_rows(logits)
         tokens = sample_tokens(logits, prepared.sampling)
         logprobs = sampled_logprobs(logits, tokens, prepared.sampling, prepared.sampled_ids)
-        rows = zip(prepared.sampled_ids, tokens.tolist(), strict=True)
-        return StepResult({i: token for i, token in rows if i not in errors}, errors, logprobs)
+        # The only wait for the device in a step without logprobs.
+        drawn, good = torch.stack((tokens, finite.long())).tolist()
+        rows = list(zip(prepared.sampled_ids, drawn, good, strict=True))
+        return StepResult(
+            {i: token for i, token, is_good in rows if is_good},
+            {i: _not_finite(i) for i, _, is_good in rows if not is_good},
+            logprobs,
+        )
 
     def prepare(self, batch: Batch) -> PreparedBatch:
         """Check a batch and build its tensors."""
@@ -104,15 +111,34 @@ class ModelRunner:
         size = self.pool.block_size
         blocks = tables[np.repeat(np.arange(len(ordered)), lengths), positions // size]
         sampled = [index for index, part in enumerate(ordered) if part.sampling is not None]
+        ids, where, slots, block_tables, starts, context_lens, rows = upload(
+            [
+                tokens,
+                positions,
+                blocks.astype(np.int64) * size + positions % size,
+                tables,
+                np.concatenate(([0], ends)).astype(np.int32),
+                np.array(contexts, dtype=np.int32),
+                ends[sampled] - 1,
+            ],
+            self.device,
+        )
         return PreparedBatch(
             packed=PackedTokens(
-                ids=self._to_device(tokens),
-                positions=self._to_device(positions),
-                slots=self._to_device(blocks.astype(np.int64) * size + positions % size),
-                layout=attention_layout(self._to_device(tables), lengths, contexts),
+                ids=ids,
+                positions=where,
+                slots=slots,
+                layout=AttentionLayout(
+                    block_tables=block_tables,
+                    query_starts=starts,
+                    context_lens=context_lens,
+                    host_query_lens=tuple(lengths),
+                    host_context_lens=tuple(contexts),
+                    num_decodes=sum(length == 1 for length in lengths),
+                ),
             ),
             sampled_ids=tuple(ordered[index].sequence_id for index in sampled),
-            sampled_rows=self._to_device(ends[sampled] - 1),
+            sampled_rows=rows,
             sampling=prepare_sampling(
                 [part.sampling for part in ordered if part.sampling is not None],
                 [contexts[index] for index in sampled],
@@ -142,22 +168,24 @@ class ModelRunner:
             raise ValueError(f"sequence {wrong}: a block is outside the pool")
         return tables
 
-    def _to_device(self, array: NDArray[np.int64 | np.int32]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
 
+def _finite_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Which rows have a token to draw, `[rows]` bool: one drawn from NaN would look like any other.
 
-def _not_finite(logits: torch.Tensor, sequence_ids: tuple[int, ...]) -> dict[int, KvrelayError]:
-    """The sequences with no token to draw: one drawn from NaN would look like any other.
-
-    Their rows become zeros, so that the draw of the others goes on as ever.
+    The others become zeros, so that the draw of the batch goes on as ever.
     """
     finite = logits.amax(-1).isfinite()
-    if finite.all():
-        return {}
-    logits.masked_fill_(~finite.unsqueeze(-1), 0.0)
-    why = "the model's logits are not finite; where float16 overflows, bfloat16 or float32 does not"
-    rows = zip(sequence_ids, finite.tolist(), strict=True)
-    return {sequence_id: InternalError(why) for sequence_id, good in rows if not good}
+    # A device would have to be waited for to learn that there is nothing to do.
+    if logits.device.type != "cpu" or not finite.all():
+        logits.masked_fill_(~finite.unsqueeze(-1), 0.0)
+    return finite
+
+
+def _not_finite(sequence_id: int) -> KvrelayError:
+    return InternalError(
+        f"sequence {sequence_id}: the model's logits are not finite; where float16 overflows, "
+        "bfloat16 or float32 does not"
+    )
 
 
 class _LayerGroups:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kvrelay_kernels.checks import check_dtype, check_shape
-from kvrelay_kernels.cpu.library import CpuLibrary, cpu_library
+from kvrelay_kernels.cpu.library import CpuLibrary, cpu_library, native
 from kvrelay_kernels.reference.linear import linear_reference, quantise_int8_reference
 
 
@@ -129,6 +129,7 @@ def linear(
         check_shape("out", out, (x.shape[0], weights.outputs))
         check_dtype("out", out, x.dtype)
     if weights.library is None:
+        native(x, out, supported=False)
         if weights.scale is None and out.is_contiguous():
             check_dtype("x", x, weights.dtype)
             return (
@@ -142,5 +143,13 @@ def linear(
         raise ValueError("the rows of x and out must be contiguous")
     from kvrelay_kernels.cpu.linear import linear_cpu
 
-    linear_cpu(weights.library, x, weights.data, weights.dtype, weights.scale, weights.bias, out)
+    linear_cpu(
+        weights.library,
+        x,
+        weights.data,
+        dtype=weights.dtype,
+        scale=weights.scale,
+        bias=weights.bias,
+        out=out,
+    )
     return out

@@ -75,7 +75,7 @@ def paged_attention(
             soft_cap=soft_cap,
             out=out,
         )
-    library = native(query, out) if query.shape[2] % 16 == 0 else None
+    library = native(query, out, supported=query.shape[2] % 16 == 0)
     if library is not None:
         paged_attention_cpu(
             library,

@@ -35,8 +35,8 @@ def rms_norm(
         from kvrelay_kernels.cuda.rms_norm import rms_norm_cuda
 
         return rms_norm_cuda(x, weight, eps, out=out)
-    library = native(x, weight, out)
-    if library is not None and x.dim() == 2:
+    library = native(x, weight, out, supported=x.dim() == 2)
+    if library is not None:
         rms_norm_cpu(library, x, weight, eps, out=out)
         return out
     return rms_norm_reference(x, weight, eps, out=out)
@@ -72,8 +72,8 @@ def add_rms_norm(
         from kvrelay_kernels.cuda.rms_norm import add_rms_norm_cuda
 
         return add_rms_norm_cuda(x, residual, weight, eps, out=out)
-    library = native(x, residual, weight, out)
-    if library is not None and x.dim() == 2:
+    library = native(x, residual, weight, out, supported=x.dim() == 2)
+    if library is not None:
         rms_norm_cpu(library, x, weight, eps, residual=residual, out=out)
         return out
     return add_rms_norm_reference(x, residual, weight, eps, out=out)

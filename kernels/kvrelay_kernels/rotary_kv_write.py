@@ -72,8 +72,9 @@ def rotary_kv_write(  # noqa: PLR0917 # tensors by position, settings by name
             eps=eps,
         )
         return
-    library = native(qkv, cos, sin, query_norm, key_norm)
-    if library is not None and qkv.stride(1) == head_dim and cos.stride(0) == sin.stride(0):
+    dense = qkv.stride(1) == head_dim and cos.stride(0) == sin.stride(0)
+    library = native(qkv, cos, sin, query_norm, key_norm, supported=dense)
+    if library is not None:
         rotary_kv_write_cpu(
             library,
             qkv,

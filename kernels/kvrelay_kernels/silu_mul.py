@@ -37,8 +37,8 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
         from kvrelay_kernels.cuda.silu_mul import silu_mul_cuda
 
         return silu_mul_cuda(gate_up, out=out)
-    library = native(gate_up, out)
-    if library is not None and gate_up.dim() == 2:
+    library = native(gate_up, out, supported=gate_up.dim() == 2)
+    if library is not None:
         silu_mul_cpu(library, gate_up, out=out)
         return out
     return silu_mul_reference(gate_up, out=out)

@@ -1,4 +1,11 @@
-"""One forward pass: the decoder's layers run op by op, or replayed from a recording of them."""
+"""One forward pass: the decoder's layers op by op, or replayed from a recording of them.
+
+```
+                        ┌─ op by op          any device, any model
+begin ─ layers ─ logits ┤
+                        └─ recorded          CPU with compiled kernels: a tape, one call a step
+```
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +13,13 @@ import torch
 
 from kvrelay_engine.models.decoder import Decoder, KVWritten, PackedTokens
 from kvrelay_engine.models.workspace import Workspace
-from kvrelay_kernels.layout import AttentionLayout
+from kvrelay_kernels.cpu.library import CpuLibrary, NotNative
+from kvrelay_kernels.cpu.paged_attention import layout_args
+from kvrelay_kernels.cpu.tape import Tape
+from kvrelay_kernels.layout import AttentionLayout, attention_layout
+
+Layers = Callable[[Workspace, AttentionLayout, KVWritten | None], None]
+"""Computes all layers of a step: its rows of the workspace, its sequences, who is told of written KV."""
 
 
 class ForwardPass:
@@ -16,7 +29,6 @@ class ForwardPass:
         """`capacity` is the number of tokens of the largest step expected; a larger one allocates."""
         self.decoder = decoder
         self._kv = kv
-        self._device = kv.device
         self._grow(capacity)
 
     def run(
@@ -41,15 +53,24 @@ class ForwardPass:
         self._layers(work, packed.layout, kv_written)
         return self.decoder.logits(work, sampled_rows)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a step is replayed in one call."""
+        return not isinstance(self._layers, _OpByOp)
+
     def _grow(self, capacity: int) -> None:
         weights = self.decoder.weights
         self._workspace = Workspace.allocate(
-            self.decoder.config, capacity, self._device, weights.activation_dtype
+            self.decoder.config, capacity, self._kv.device, weights.activation_dtype
         )
-        self._layers: _Layers = _OpByOp(self.decoder, self._kv).run
-
-
-_Layers = Callable[[Workspace, AttentionLayout, KVWritten | None], None]
+        self._layers: Layers = _OpByOp(self.decoder, self._kv)
+        library = weights.head.library
+        if library is not None:
+            try:
+                self._layers = _Recorded(library, self.decoder, self._workspace, self._kv)
+            except NotNative:
+                # A head of an odd size, say: those ops are torch's, and torch is not on the tape.
+                return
 
 
 def _ignore(_layer: int) -> None:
@@ -63,5 +84,43 @@ class _OpByOp:
         self._decoder = decoder
         self._kv = kv
 
-    def run(self, work: Workspace, layout: AttentionLayout, kv_written: KVWritten | None) -> None:
+    def __call__(
+        self, work: Workspace, layout: AttentionLayout, kv_written: KVWritten | None
+    ) -> None:
         self._decoder.layers(work, layout, self._kv, kv_written or _ignore)
+
+
+class _Recorded:
+    """A tape of the layers over one workspace and one pool, which it keeps alive."""
+
+    def __init__(
+        self, library: CpuLibrary, decoder: Decoder, workspace: Workspace, kv: torch.Tensor
+    ) -> None:
+        """Record a step that fills the workspace.
+
+        Raises:
+            NotNative: an op has no compiled kernel for this model.
+        """
+        self._keep = workspace, kv
+        self._tape = Tape(library)
+        self._written: list[int] = []
+        """For each layer, the ops that are done when its KV is written."""
+        layout = attention_layout(
+            torch.zeros((1, 1), dtype=torch.int32), [workspace.capacity], [workspace.capacity]
+        )
+        self._layout_args = layout_args(layout)
+        with self._tape.recording():
+            decoder.layers(workspace, layout, kv, lambda _: self._written.append(len(self._tape)))
+
+    def __call__(
+        self, work: Workspace, layout: AttentionLayout, kv_written: KVWritten | None
+    ) -> None:
+        rows = work.residual.shape[0]
+        self._layout_args.point_at(layout)
+        begin = 0
+        if kv_written is not None:
+            for layer, end in enumerate(self._written):
+                self._tape.replay(rows, begin, end)
+                kv_written(layer)
+                begin = end
+        self._tape.replay(rows, begin, len(self._tape))

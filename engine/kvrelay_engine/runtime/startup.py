@@ -108,7 +108,6 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
         set_compute_threads(config.threads or torch.get_num_threads())
         _check_device(config.device)
     model = load_model_config(config.model_dir)
-    on_gpu = config.device != "cpu"
     dtype = resolve_dtype(config.dtype, model.checkpoint_dtype)
     block_bytes = kv_bytes_per_block(model, config.block_size, DTYPE_BYTES[dtype])
     num_blocks = config.num_blocks or config.kv_memory_bytes // block_bytes

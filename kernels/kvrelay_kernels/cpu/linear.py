@@ -92,6 +92,7 @@ def linear_cpu(
     library: CpuLibrary,
     x: torch.Tensor,
     packed: torch.Tensor,
+    *,
     dtype: torch.dtype,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
