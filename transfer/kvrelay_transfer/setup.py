@@ -22,7 +22,7 @@ async def make_kit(
         transport: URI, or just its scheme.
         layout: of the blocks this worker holds.
         staging_count: transfers that can be under way at once.
-        staging_bytes: size of one buffer; raised to what one block of one layer needs.
+        staging_bytes: payload of one buffer; raised to what one block of one layer needs.
 
     Raises:
         TransportMisconfigured: the environment leaves no usable transport.
@@ -31,7 +31,8 @@ async def make_kit(
     uri = transport if "://" in transport else f"{transport}://"
     endpoint = create_transport(uri)
     await endpoint.start()
-    nbytes = max(staging_bytes, HEADER_SIZE + ours.layer_block_bytes)
+    # The header comes on top: blocks are powers of two, and one that just does not fit halves messages.
+    nbytes = HEADER_SIZE + max(staging_bytes, ours.layer_block_bytes)
     return TransferKit(endpoint, StagingBuffers(staging_count, nbytes, allocate), ours)
 
 
