@@ -141,7 +141,7 @@ def compare_table(rows: Sequence[Row], ours: Iterable[str]) -> Table:
                 _percent(row.read_share),
                 _percent(row.gemm_share),
                 _percent(row.floor_share),
-                _ratio(row, _best(rows, row.point, row.dtype_class, without=own)),
+                _ratio(row, _best(rows, row.point, {row.dtype_class}, without=own)),
             )
             for row in sorted(rows, key=lambda row: [r.point for r in rows].index(row.point))
         ],
@@ -156,14 +156,14 @@ def verdicts(rows: Sequence[Row], ours: str, ours_int8: str) -> list[str]:
     for point in dict.fromkeys(row.point for row in rows):
         mine, mine_int8 = by_key.get((point, ours)), by_key.get((point, ours_int8))
         if mine:
-            best = _best(rows, point, mine.dtype_class, without=own)
-            any_dtype = _best(rows, point, None, without=own)
+            best = _best(rows, point, {mine.dtype_class}, without=own)
+            any_float = _best(rows, point, {"bf16", "fp32"}, without=own)
             parts = [_versus(mine, best)]
-            if any_dtype and any_dtype != best:
-                parts.append(f"{_versus(mine, any_dtype)} in {any_dtype.dtype_class}")
+            if any_float and any_float != best:
+                parts.append(f"{_versus(mine, any_float)} in {any_float.dtype_class}")
             lines.append(f"{point}: {ours} {', '.join(filter(None, parts)) or 'has no peer'}")
         if mine_int8:
-            q8 = _best(rows, point, "int8", without=own)
+            q8 = _best(rows, point, {"int8"}, without=own)
             parts = [_versus(mine_int8, mine), _versus(mine_int8, q8)]
             lines.append(f"{point}: {ours_int8} {', '.join(filter(None, parts)) or 'has no peer'}")
     return lines
@@ -171,18 +171,16 @@ def verdicts(rows: Sequence[Row], ours: str, ours_int8: str) -> list[str]:
 
 def best_peer(rows: Sequence[Row], row: Row, ours: Iterable[str]) -> Row | None:
     """The fastest peer of the same class at the same point."""
-    return _best(rows, row.point, row.dtype_class, without=set(ours))
+    return _best(rows, row.point, {row.dtype_class}, without=set(ours))
 
 
 def _best(
-    rows: Sequence[Row], point: Point, dtype_class: str | None, *, without: set[str]
+    rows: Sequence[Row], point: Point, dtype_classes: set[str], *, without: set[str]
 ) -> Row | None:
     found = [
         row
         for row in rows
-        if row.point == point
-        and row.engine not in without
-        and dtype_class in {None, row.dtype_class}
+        if row.point == point and row.engine not in without and row.dtype_class in dtype_classes
     ]
     return max(found, key=lambda row: row.rate, default=None)
 
