@@ -3,14 +3,17 @@
 ```
                         ┌─ op by op          any device, any model
 begin ─ layers ─ logits ┤
-                        └─ recorded          CPU with compiled kernels: a tape, one call a step
+                        ├─ a tape            CPU with compiled kernels: one call a step
+                        └─ a CUDA graph      decode steps on a GPU: one launch a step
 ```
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 
+from kvrelay_engine.models.cuda_graphs import CapturedDecode
 from kvrelay_engine.models.decoder import Decoder, KVWritten, PackedTokens
 from kvrelay_engine.models.workspace import Workspace
 from kvrelay_kernels.cpu.library import CpuLibrary, NotNative
@@ -26,7 +29,10 @@ class ForwardPass:
     """Owns the workspace of a decoder and knows the fastest way through its layers."""
 
     def __init__(self, decoder: Decoder, kv: torch.Tensor, capacity: int) -> None:
-        """`capacity` is the number of tokens of the largest step expected; a larger one allocates."""
+        """`capacity` is the number of tokens of the largest step expected; a larger one allocates.
+
+        On a GPU, steps are captured now: no block of the pool may be in use.
+        """
         self.decoder = decoder
         self._kv = kv
         self._grow(capacity)
@@ -46,11 +52,18 @@ class ForwardPass:
             `[sampled, vocabulary]` in the dtype of the activations; valid until the next step.
         """
         tokens = packed.ids.shape[0]
-        if tokens > self._workspace.capacity:
+        layers = self._layers
+        if tokens <= self._workspace.capacity:
+            work = self._workspace.first(tokens)
+        elif self._kv.device.type == "cpu":
             self._grow(tokens)
-        work = self._workspace.first(tokens)
+            work, layers = self._workspace, self._layers
+        else:
+            # Graphs belong to their workspace, and capturing new ones would write to blocks in use.
+            work = self._allocate(tokens)
+            layers = _OpByOp(self.decoder, self._kv)
         self.decoder.begin(packed, work)
-        self._layers(work, packed.layout, kv_written)
+        layers(work, packed.layout, kv_written)
         return self.decoder.logits(work, sampled_rows)
 
     @property
@@ -58,19 +71,23 @@ class ForwardPass:
         """Whether a step is replayed in one call."""
         return not isinstance(self._layers, _OpByOp)
 
+    def _allocate(self, capacity: int) -> Workspace:
+        dtype = self.decoder.weights.activation_dtype
+        return Workspace.allocate(self.decoder.config, capacity, self._kv.device, dtype)
+
     def _grow(self, capacity: int) -> None:
-        weights = self.decoder.weights
-        self._workspace = Workspace.allocate(
-            self.decoder.config, capacity, self._kv.device, weights.activation_dtype
-        )
-        self._layers: Layers = _OpByOp(self.decoder, self._kv)
-        library = weights.head.library
+        self._workspace = self._allocate(capacity)
+        self._layers: Layers = self._fastest()
+
+    def _fastest(self) -> Layers:
+        if self._kv.device.type == "cuda":
+            return _Captured(self.decoder, self._workspace, self._kv)
+        library = self.decoder.weights.head.library
         if library is not None:
-            try:
-                self._layers = _Recorded(library, self.decoder, self._workspace, self._kv)
-            except NotNative:
-                # A head of an odd size, say: those ops are torch's, and torch is not on the tape.
-                return
+            # A head of an odd size, say, is torch's to compute, and torch is not on the tape.
+            with contextlib.suppress(NotNative):
+                return _Recorded(library, self.decoder, self._workspace, self._kv)
+        return _OpByOp(self.decoder, self._kv)
 
 
 def _ignore(_layer: int) -> None:
@@ -88,6 +105,22 @@ class _OpByOp:
         self, work: Workspace, layout: AttentionLayout, kv_written: KVWritten | None
     ) -> None:
         self._decoder.layers(work, layout, self._kv, kv_written or _ignore)
+
+
+class _Captured:
+    """Decode steps from graphs, the others op by op."""
+
+    def __init__(self, decoder: Decoder, workspace: Workspace, kv: torch.Tensor) -> None:
+        num_blocks, block_size = kv.shape[2], kv.shape[3]
+        longest = -(-decoder.config.max_position_embeddings // block_size)
+        self._op_by_op = _OpByOp(decoder, kv)
+        self._decode = CapturedDecode(decoder, workspace, kv, max_blocks=min(longest, num_blocks))
+
+    def __call__(
+        self, work: Workspace, layout: AttentionLayout, kv_written: KVWritten | None
+    ) -> None:
+        if not self._decode.replay(work, layout, kv_written):
+            self._op_by_op(work, layout, kv_written)
 
 
 class _Recorded:
