@@ -216,7 +216,10 @@ class DecodeScheduler:
 
     def _grow(self) -> None:
         """Give every running sequence the block its next positions need, oldest first."""
+        size = self.allocator.block_size
         for state in list(self._running.values()):
+            if len(state.tokens) <= len(state.blocks) * size:
+                continue  # the usual case, in every step but one a block
             if state.spec.sequence_id not in self._running:
                 continue  # preempted below for an older one
             while self.allocator.blocks_for(len(state.tokens)) > len(state.blocks):
