@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from kvrelay.cli.commands.bench import benchmark_names, load_benchmark
 from kvrelay.cli.main import _COMMANDS, load_command, main
 from kvrelay.cli.suggest import nearest
 
@@ -13,7 +14,9 @@ HEAVY = ("torch", "grpc", "fastapi", "httpx", "pydantic", "numpy", "asyncio", "k
          "kvrelay_router", "kvrelay_transfer", "huggingface_hub", "tokenizers")  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["up", "--help"], ["chat", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["up", "--help"], ["chat", "--help"], ["bench", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys; from kvrelay.cli.main import main; status = main(sys.argv[1:]);"
@@ -39,22 +42,33 @@ def test_help_answers_in_less_than_300_ms():
     assert best < 0.3
 
 
-@pytest.mark.parametrize("name", list(_COMMANDS))
-def test_every_command_has_help_within_80_columns_and_12_flags_a_group(name, capsys, monkeypatch):
+PLAIN_COMMANDS = [name for name in _COMMANDS if name != "bench"]
+WORDS = [[name] for name in PLAIN_COMMANDS] + [["bench", name] for name in benchmark_names()]
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_every_command_has_help_within_80_columns_and_12_flags_a_group(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert main([name, "--help"]) == 0
+    assert main([*words, "--help"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    command = load_command(name)
+    command = load_command(words[0]) if len(words) == 1 else load_benchmark(words[1])
     groups = [flag.group for flag in command.flags if not flag.positional]
     assert max(groups.count(group) for group in groups) <= 12
     for flag in command.flags:
         assert (flag.metavar if flag.positional else flag.name) in text
 
 
-def test_the_overview_fits_80_columns(capsys):
-    assert main(["--help"]) == 0
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"]])
+def test_the_overview_fits_80_columns(arguments, capsys):
+    assert main(arguments) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_bench_alone_lists_every_benchmark_and_exits_2(capsys):
+    assert main(["bench"]) == 2
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in benchmark_names())
 
 
 def test_help_can_be_searched(capsys):
@@ -76,6 +90,7 @@ def test_version(capsys):
 
 
 LIST = " (kvrelay --help lists them)"
+BENCH_LIST = " (kvrelay bench --help lists them)"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +99,10 @@ LIST = " (kvrelay --help lists them)"
         (["upp"], f"unknown command upp; did you mean up?{LIST}"),
         (["prefil"], f"unknown command prefil; did you mean prefill?{LIST}"),
         (["zzz"], f"unknown command zzz{LIST}"),
+        (["bnch"], f"unknown command bnch; did you mean bench?{LIST}"),
+        (["bench", "engin"], f"unknown benchmark engin; did you mean engine?{BENCH_LIST}"),
+        (["bench", "--hlp"], f"unknown flag --hlp; did you mean --help?{BENCH_LIST}"),
+        (["bench", "engine", "--bach=9"], "unknown flag --bach; did you mean --batch?"),
         (["--hlep"], f"unknown flag --hlep; did you mean --help?{LIST}"),
         (["up", "--prot", "9"], "unknown flag --prot; did you mean --port?"),
         (["up", "--decode-workers=3"], "unknown flag --decode-workers; did you mean --decode?"),

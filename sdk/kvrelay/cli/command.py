@@ -1,6 +1,7 @@
 """What a subcommand is, and the text and parser made from it."""
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -33,8 +34,8 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"kvrelay {command.name}",
         usage=f"kvrelay {command.name} {'[MODEL] ' if _takes_model(command) else ''}[FLAG ...]",
-        description=command.summary,
-        epilog=command.epilog or None,
+        description=_wrapped(command.summary),
+        epilog=_wrapped(command.epilog) or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -58,6 +59,11 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
         else:
             group.add_argument(flag.name, dest=flag.dest, metavar=flag.metavar, help=described)
     return parser
+
+
+def _wrapped(text: str) -> str:
+    """Its lines, none longer than a terminal of 80 columns."""
+    return "\n".join(textwrap.fill(line, 80) for line in text.splitlines())
 
 
 def _takes_model(command: Command) -> bool:
