@@ -64,9 +64,20 @@ def kv_gather_digest(
     valid_tokens: int | None = None,
 ) -> bytes:
     """`kv_gather`, and the digest of what `out` then holds. Waits for the device."""
+    return finish_digest(gather_and_sum(layers, blocks, out, valid_tokens=valid_tokens), out.nbytes)
+
+
+def gather_and_sum(
+    layers: torch.Tensor,
+    blocks: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    valid_tokens: int | None = None,
+) -> torch.Tensor:
+    """`kv_gather_digest` up to the digest's sums, `[2]` int64: on a GPU nothing waits for it yet."""
     sums = _gather(layers, blocks, out, valid_tokens, digest=True)
     assert sums is not None  # noqa: S101 - asked for
-    return finish_digest(sums, out.nbytes)
+    return sums
 
 
 def kv_scatter(layers: torch.Tensor, blocks: torch.Tensor, buffer: torch.Tensor) -> None:

@@ -46,7 +46,7 @@ def digest_sums_reference(payload: torch.Tensor) -> torch.Tensor:
 
 def finish_digest(sums: torch.Tensor, nbytes: int) -> bytes:
     """16 bytes of the digest, from its sums and the payload's size. Waits for the device."""
-    first, second = (value & _MASK for value in sums.tolist())
+    first, second = (int(value) & _MASK for value in sums.tolist())
     # Each step can be undone, so different sums of one size stay different.
     first = (first + nbytes * GOLDEN) & _MASK
     second ^= _scramble(first)

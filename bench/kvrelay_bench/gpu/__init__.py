@@ -1,0 +1,1 @@
+"""`kvrelay bench gpu`: kernels and engine against the limits of the GPU they run on."""
