@@ -117,7 +117,7 @@ class Spread:
 
     def __str__(self) -> str:
         if self.low == self.high:
-            return f"{self.median:.3g}"
+            return _short(self.median)
         return f"{_short(self.median)} ({_short(self.low)}-{_short(self.high)})"
 
 

@@ -98,7 +98,8 @@ def run_interference(values: SimpleNamespace) -> int:
     done = [party for party in parties if party.rounds]
     if done:
         _say(f"\n{result_table(done).text()}")
-        _say(f"\n{verdict(done)}")
+        if len(done) > 1:
+            _say(f"\n{verdict(done)}")
         if values.plot is not None:
             from kvrelay_bench.interference.charts import draw
 
@@ -111,6 +112,8 @@ def run_interference(values: SimpleNamespace) -> int:
 async def measure(values: SimpleNamespace, plan: Plan, parties: Sequence[Contender]) -> bool:
     """All rounds, contenders taking turns; True when it was interrupted. Writes after every round."""
     out = Path(values.out) if values.out else None
+    if out is not None:
+        _say(f"rounds go to {out}")
     with stop_on_signal() as stop:
         stopping = asyncio.ensure_future(stop.wait())
         working = asyncio.ensure_future(_all_rounds(values, plan, parties, out))
@@ -140,9 +143,10 @@ async def _all_rounds(
             _say(f"round {number + 1} of {values.rounds}, {party.name}: {_line(party.numbers[-1])}")
             for problem in result.problems:
                 _say(f"  note: {problem}")
-            out = write(values, parties, out)
-    if out is not None:
-        _say(f"\nresult: {out}")
+            written = write(values, parties, out)
+            if out != written:
+                _say(f"rounds so far are in {written}")
+            out = written
 
 
 def _target(party: Contender) -> Target:

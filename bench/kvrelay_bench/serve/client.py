@@ -1,7 +1,8 @@
 """A client for streamed completions that costs little: it shares the machine with what it measures.
 
-asyncio protocols, an HTTP parser in C (httptools, which uvicorn uses) and the SDK's SSE decoder. Against
-httpx, measured by `thread_time` over 4 streams of 2,000 chunks: see `CHUNK_COST`.
+asyncio protocols, an HTTP parser in C (httptools, which uvicorn uses) and the SDK's SSE decoder. By
+`thread_time` over 4 streams of 2,000 chunks on uvloop: about 50 us a chunk, httpx about 165 us (one chunk
+a read, on busy cores). Every run reports what it took.
 """
 
 import asyncio

@@ -110,7 +110,7 @@ class Point:
     sent: int
     outcomes: dict[str, int]
     seconds: float
-    """From the start to the end of the last answer."""
+    """From the start to the end of the last answer, or to the interruption."""
     request_rate: float
     """Requests that ended well."""
     output_tokens_per_s: float
@@ -158,7 +158,8 @@ def measure(load: str, run: LoadRun, objectives: Objectives | None = None) -> Po
     samples = [s for s in run.samples if s.answer.outcome is not Outcome.STOPPED]
     answers = [sample.answer for sample in samples]
     well = [answer for answer in answers if answer.outcome is Outcome.OK]
-    seconds = max([a.ended for a in answers] + [run.began + 1e-9]) - run.began
+    last = run.ended if run.interrupted else max((a.ended for a in answers), default=run.ended)
+    seconds = max(last - run.began, 1e-9)
     output = sum(answer.tokens for answer in well)
     prompts = sum(_prompt_tokens(s) for s in samples if s.answer.outcome is Outcome.OK)
     good = sum(objectives.met(answer) for answer in answers) if objectives else None
