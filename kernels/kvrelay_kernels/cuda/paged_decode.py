@@ -17,6 +17,7 @@ Sources: Dao et al., "Flash-Decoding", 2023 (the split); Osama et al., "Stream-K
 (arXiv:2301.03598; equal shares across problem borders).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from kvrelay_kernels.cuda.device import device_traits
 from kvrelay_kernels.cuda.launch import overlap
 from kvrelay_kernels.cuda.paged_softmax import AttentionTraits, base2_scores, lowest
 from kvrelay_kernels.cuda.paged_tile_map import TileMap, decode_tile_map, visible_tiles
-from kvrelay_kernels.cuda.registry import AotCase, Expect
+from kvrelay_kernels.cuda.registry import AotCase, Expect, Workload
 from kvrelay_kernels.layout import AttentionLayout
 
 _BLOCK_SPLITS = 32
@@ -227,6 +228,8 @@ class DecodeConfig:
     stages: int = 5
     """The load of a page number takes one stage in two: five keep two tiles of K and V in flight."""
     programs_per_sm: int = 2
+    registers: int = 224
+    """At most so many a thread: left alone, the compiler may spill to fit a third program."""
 
 
 def decode_config(head_dim: int) -> DecodeConfig:
@@ -276,6 +279,7 @@ def paged_decode_cuda(
         TILE=config.tile,
         STAGES=config.stages,
         num_warps=config.warps,
+        maxnreg=config.registers,
         **overlap(query),
     )
     _merge_kernel[(heads, programs)](
@@ -335,6 +339,48 @@ def aot_cases() -> list[AotCase]:
     ]
 
 
+def workloads() -> list[Workload]:
+    """One layer of Llama-3.1-8B: 32 query heads on 8 KV heads of 128."""
+    return [
+        _workload("1 x 1024", [1024], 0.25, "4 MB: launch, map and merge outlast the loads"),
+        _workload(
+            "1 x 32768", [32768], 0.85, "134 MB, two tiles in flight in each of 264 programs"
+        ),
+        _workload(
+            "32 x 4096", [4096] * 32, 0.85, "uniform: the same, 8 segments a program at most"
+        ),
+        _workload(
+            "1 x 131072 + 31 x 4096",
+            [131072] + [4096] * 31,
+            0.82,
+            "equal shares of tiles: as uniform, but for the merge of the long one",
+        ),
+        _workload(
+            "256 x 1024", [1024] * 256, 0.75, "a pipeline fills anew for each of 8 sequences"
+        ),
+        _workload(
+            "32 x 4096", [4096] * 32, 0.7, "the same with half the bytes: conversions show", 1
+        ),
+    ]
+
+
+def _workload(
+    shape: str, contexts: Sequence[int], share: float, because: str, itemsize: int = 2
+) -> Workload:
+    heads, kv_heads, head_dim = 32, 8, 128
+    tokens = sum(contexts)
+    activations = 2 * 2 * len(contexts) * heads * head_dim
+    return Workload(
+        op="paged_attention (decode)",
+        shape=shape,
+        bytes=2 * tokens * kv_heads * head_dim * itemsize + activations,
+        flops=4 * tokens * heads * head_dim,
+        expected_share=share,
+        because=because,
+        dtype="bfloat16" if itemsize == 2 else "float8_e4m3fn cache",
+    )
+
+
 def _decode_case(
     dtype: str,
     *,
@@ -382,7 +428,7 @@ def _decode_case(
             "query", "key_cache", "value_cache", "out", "partial_out", "partial_lse", "block_tables",
             "context_lens", "work", "query_stride", "query_head_stride", "token_stride",
         ),
-        options={"num_warps": config.warps},
+        options={"num_warps": config.warps, "maxnreg": config.registers},
         expect={100: hopper, 90: hopper} if fp8 else {80: expect, 90: hopper, 100: hopper},
         tested=tested,
     )  # fmt: skip

@@ -14,6 +14,7 @@ Source: Dao, "FlashAttention-2", 2023 (arXiv:2307.08691), for the order of loops
 division; Shah et al., "FlashAttention-3", 2024 (arXiv:2407.08608), for Hopper.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kvrelay_kernels.cuda.device import device_traits
 from kvrelay_kernels.cuda.paged_softmax import AttentionTraits, base2_scores, lowest
 from kvrelay_kernels.cuda.paged_tile_map import prefill_tile_map
-from kvrelay_kernels.cuda.registry import AotCase, Expect
+from kvrelay_kernels.cuda.registry import AotCase, Expect, Workload
 from kvrelay_kernels.layout import AttentionLayout
 
 
@@ -220,8 +221,8 @@ def _paged_prefill_kernel(
         HEAD_DIM, BLOCK_DIM, PAGE, TILE, SOFT_CAP, COMPUTE, PRECISION, EDGE_STAGES, True, False,
         WINDOW,
     )  # fmt: skip
-    # Padding rows may have seen no key.
-    result = accumulator * (value_scale / tl.where(inside, total, 1.0))[:, None]
+    # The highest score alone adds 1; only padding rows have less.
+    result = accumulator * (value_scale / tl.maximum(total, 1.0))[:, None]
     places = ((start + token).to(tl.int64) * heads + head) * HEAD_DIM
     tl.store(out + places[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=stored)
 
@@ -335,6 +336,34 @@ def aot_cases() -> list[AotCase]:
         _prefill_case("fp16", group=2, head_dim=256, page=32, soft_cap=True, window=True),
         _prefill_case("fp8e4nv", group=7, head_dim=64, page=64),
     ]
+
+
+def workloads() -> list[Workload]:
+    """One layer of Llama-3.1-8B: 32 query heads on 8 KV heads of 128, causal."""
+    return [
+        _workload("1 x 8192", [(8192, 0)], 0.55, "wgmma, but softmax and products take turns"),
+        _workload(
+            "8 x 1024", [(1024, 0)] * 8, 0.4, "a quarter of the tiles are cut by the diagonal"
+        ),
+        _workload("4096 behind 4096", [(4096, 4096)], 0.55, "as a long prompt"),
+    ]
+
+
+def _workload(
+    shape: str, lengths: Sequence[tuple[int, int]], share: float, because: str
+) -> Workload:
+    """Of (new, cached) tokens; rows see (cached + 1) to (cached + new) keys."""
+    heads, kv_heads, head_dim = 32, 8, 128
+    pairs = sum(new * cached + new * (new + 1) // 2 for new, cached in lengths)
+    new, seen = (sum(column) for column in zip(*lengths, strict=True))
+    return Workload(
+        op="paged_attention (prefill)",
+        shape=shape,
+        bytes=2 * (2 * new * heads + 2 * (new + seen) * kv_heads) * head_dim,
+        flops=4 * pairs * heads * head_dim,
+        expected_share=share,
+        because=because,
+    )
 
 
 def _prefill_case(

@@ -74,7 +74,8 @@ class AotCase:
     )
     """The targets to compile for, and what each must show."""
     tested: tuple[int, ...] = TARGETS
-    """Targets that the test suite compiles too; large kernels leave some to `kvrelay bench`."""
+    """Targets that the test suite compiles too, if this is the kernel's first case; large kernels
+    leave some to `kvrelay bench compile-gate`."""
 
     @property
     def name(self) -> str:
