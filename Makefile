@@ -2,6 +2,7 @@
 #
 #   make demo   start the stack on this machine and ask it something
 #   make test   lint, types, import rules and the whole test suite
+#   make gpu    correctness and speed on an NVIDIA GPU (scripts/gpu.sh; needs no .venv and no network)
 #
 # Variables (make test PYTHON=/usr/bin/python3.12):
 #   PYTHON           interpreter for .venv, at least 3.11
@@ -25,12 +26,13 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo "$$p"; break; }; done)
 endif
 
-.PHONY: help demo test lint demo-model proto clean distclean
+.PHONY: help demo test lint gpu demo-model proto clean distclean
 
 help:
 	@echo 'make demo        start router, prefill and decode worker here and ask the demo model'
 	@echo 'make test        ruff, mypy, import rules, pytest'
 	@echo 'make lint        the same without pytest'
+	@echo 'make gpu         tests and benchmark on an NVIDIA GPU, results in docs/results'
 	@echo 'make demo-model  train the embedded demo model again (CPU, under 45 minutes on 2 cores)'
 	@echo 'make proto       generate the protocol stubs from fleet.proto'
 	@echo 'make clean       remove caches and build products; distclean removes .venv too'
@@ -43,6 +45,9 @@ test: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	@scripts/check.sh lint
+
+gpu:
+	@PYTHON='$(PYTHON)' scripts/gpu.sh
 
 demo-model: $(VENV)/.installed-dev
 	$(BIN)/python demo_model/train.py --out protocol/kvrelay_protocol/demo_model
