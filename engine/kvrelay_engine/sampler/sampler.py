@@ -12,7 +12,9 @@ import torch
 
 from kvrelay_engine.batch import SamplingHistory, TokenLogprobs
 from kvrelay_engine.sampler.philox import uniforms
+from kvrelay_engine.upload import upload
 from kvrelay_kernels.sampling import apply_penalties, greedy, sample, token_logprobs
+from kvrelay_kernels.sampling import uniforms as device_uniforms
 from kvrelay_protocol.sampling import SamplingParams
 
 _BANNED = float("-inf")
@@ -176,23 +178,34 @@ def _prepare_draws(
     if not rows:
         return None
     drawn = [params[index] for index in rows]
-    # One table of each dtype is one transfer each.
-    table = np.empty((4, len(rows)))
-    table[0] = [row.temperature for row in drawn]
-    table[1] = [row.top_p for row in drawn]
-    table[2] = [row.min_p for row in drawn]
-    table[3] = uniforms([row.seed for row in drawn], [positions[index] for index in rows])
-    temperature, top_p, min_p, uniform = torch.from_numpy(table).to(device).unbind()
-    integers = np.array([rows, [row.top_k for row in drawn]], dtype=np.int64)
-    row_indices, top_k = torch.from_numpy(integers).to(device).unbind()
+    temperature, top_p, min_p, row_indices, top_k = upload(
+        [
+            np.array([row.temperature for row in drawn], dtype=np.float64),
+            np.array([row.top_p for row in drawn], dtype=np.float64),
+            np.array([row.min_p for row in drawn], dtype=np.float64),
+            np.array(rows, dtype=np.int64),
+            np.array([row.top_k for row in drawn], dtype=np.int64),
+        ],
+        device,
+    )
     return PreparedDraws(
         rows=row_indices,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        uniform=uniform,
+        uniform=_uniforms(
+            [row.seed for row in drawn], [positions[index] for index in rows], device
+        ),
     )
+
+
+def _uniforms(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The same numbers either way: on a CPU numpy is faster than torch, elsewhere one kernel is."""
+    if device.type == "cpu":
+        return torch.from_numpy(uniforms(seeds, positions))
+    keys = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64).view(np.int64)
+    return device_uniforms(*upload([keys, np.array(positions, dtype=np.int64)], device))
 
 
 def _prepare_penalties(
@@ -208,25 +221,25 @@ def _prepare_penalties(
     if not counted:
         return None
     tokens = [counts.tokens for _, counts in counted]
-    pair_rows = np.repeat([row for row, _ in counted], [len(ids) for ids in tokens])
-    # Each is a fresh array: the counts go on growing.
-    pairs = torch.from_numpy(np.stack((np.concatenate(tokens), pair_rows))).to(device)
-    output_counts = np.concatenate([counts.output_counts for _, counts in counted])
-    strengths = torch.tensor(
+    token_ids, pair_rows, output_counts, presence, frequency, repetition = upload(
         [
-            [row.presence_penalty for row in params],
-            [row.frequency_penalty for row in params],
-            [row.repetition_penalty for row in params],
+            # Joined and thereby copied: the counts go on growing.
+            np.concatenate(tokens),
+            np.repeat([row for row, _ in counted], [len(ids) for ids in tokens]),
+            np.concatenate([counts.output_counts for _, counts in counted]),
+            np.array([row.presence_penalty for row in params], dtype=np.float32),
+            np.array([row.frequency_penalty for row in params], dtype=np.float32),
+            np.array([row.repetition_penalty for row in params], dtype=np.float32),
         ],
-        dtype=torch.float32,
-    ).to(device)
+        device,
+    )
     return PreparedPenalties(
-        token_ids=pairs[0],
-        pair_rows=pairs[1],
-        output_counts=torch.from_numpy(output_counts).to(device),
-        presence=strengths[0],
-        frequency=strengths[1],
-        repetition=strengths[2],
+        token_ids=token_ids,
+        pair_rows=pair_rows,
+        output_counts=output_counts,
+        presence=presence,
+        frequency=frequency,
+        repetition=repetition,
     )
 
 
@@ -241,5 +254,5 @@ def _prepare_bans(
     ]
     if not bans:
         return None
-    rows, tokens = torch.tensor(bans, dtype=torch.int64).to(device).unbind(1)
+    rows, tokens = upload([np.array(column) for column in zip(*bans, strict=True)], device)
     return rows, tokens
