@@ -40,12 +40,13 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
 if ls .whl/*.whl >/dev/null 2>&1; then
-    site=$(mktemp -d)
-    trap 'rm -rf "$site"' EXIT
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
-        --target "$site" .whl/*.whl || exit 1
-    PYTHONPATH="$PYTHONPATH:$site"
+        --target "$scratch/site" .whl/*.whl || exit 1
+    PYTHONPATH="$PYTHONPATH:$scratch/site"
 fi
 
 has() { "$python" -c "import $1" >/dev/null 2>&1; }
@@ -61,7 +62,7 @@ fi
 
 # The settings of pyproject.toml without plugins that may be missing; a warning of this machine's torch
 # or driver is no failure of ours.
-settings=$(mktemp)
+settings=$scratch/pytest.ini
 printf '[pytest]\naddopts = --import-mode=importlib -ra\npythonpath = tests/support\n' >"$settings"
 left_out=""
 if has pytest_asyncio; then
@@ -80,18 +81,16 @@ print(torch.cuda.get_device_name(0), "python", sys.version.split()[0], "torch", 
 timeout -k 10 "${GPU_TEST_S:-270}" "$python" -m pytest -q -c "$settings" --rootdir "$tree" \
     -p no:cacheprovider $left_out ${GPU_TESTS:-tests/kernels tests/engine}
 tests=$?
-rm -f "$settings"
 case $tests in
     0) verdict=ok ;;
     124 | 137) verdict="stopped after ${GPU_TEST_S:-270} s" ;;
     *) verdict=FAILED ;;
 esac
 
-echo "=== bench"
+echo "=== tests: $verdict"
 "$python" -m kvrelay.cli bench gpu --device cuda --budget "${GPU_BENCH_S:-200}"
 bench=$?
 if [ -n "${GPU_OUT:-}" ]; then
     cp docs/results/gpu-*.json "$GPU_OUT"/ 2>/dev/null
 fi
-echo "=== tests: $verdict; bench: exit $bench"
 [ $tests -eq 0 ] && [ $bench -eq 0 ]
