@@ -279,8 +279,16 @@ class LLM:
         """Give weights and pool back. Idempotent; waits for a call that runs."""
         with self._lock:
             engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.check_integrity()
+        if engine is None:
+            return
+        engine.check_integrity()
+        on_gpu = engine.runner.device.type == "cuda"
+        del engine
+        if on_gpu:
+            import torch
+
+            # To the driver, so that another process can have it.
+            torch.cuda.empty_cache()
 
     def __enter__(self) -> Self:
         return self

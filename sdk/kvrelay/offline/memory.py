@@ -80,9 +80,9 @@ def _affordable(wish: PoolWish, *, block_bytes: int, weight_bytes: int, device: 
     if wish.kv_cache_memory_bytes is not None:
         return wish.kv_cache_memory_bytes // block_bytes
     if device == "cpu":
-        import psutil
+        from kvrelay_infra.host import read_memory
 
-        left = psutil.virtual_memory().available - weight_bytes
+        left = read_memory().available - weight_bytes
         return min(_CPU_POOL_BYTES, max(left // 2, 0)) // block_bytes
     import torch
 

@@ -125,7 +125,7 @@ class PromptReader:
         if self.tokenizer.exceeds(text, self.max_model_len):
             raise self._overflow(where, f"more than {self.max_model_len}")
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=not rendered))
-        self._check_length(ids, where)
+        self._check(ids, where)
         return TokenisedPrompt(text, ids, () if rendered else ids, salt.encode())
 
     def _from_ids(self, ids: object, where: str, text: str | None, salt: str) -> TokenisedPrompt:
@@ -135,21 +135,21 @@ class PromptReader:
         if wrong is not None:
             raise _wrong(where, wrong, "a list of token ids, all of them whole numbers")
         checked = tuple(operator.index(item) for item in ids)
-        self._check_length(checked, where)
-        if min(checked) < 0 or max(checked) >= self.vocab_size:
-            outside = next(item for item in checked if not 0 <= item < self.vocab_size)
+        self._check(checked, where)
+        return TokenisedPrompt(text, checked, checked, salt.encode())
+
+    def _check(self, ids: tuple[int, ...], where: str) -> None:
+        if not ids:
+            raise InvalidRequest(f"{where} has no tokens; at least one is needed", param=where)
+        if len(ids) >= self.max_model_len:
+            raise self._overflow(where, str(len(ids)))
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            outside = next(token for token in ids if not 0 <= token < self.vocab_size)
             raise InvalidRequest(
                 f"{where} has token {outside}, outside the model's vocabulary of "
                 f"{self.vocab_size}; was it made with another tokenizer?",
                 param=where,
             )
-        return TokenisedPrompt(text, checked, checked, salt.encode())
-
-    def _check_length(self, ids: tuple[int, ...], where: str) -> None:
-        if not ids:
-            raise InvalidRequest(f"{where} has no tokens; at least one is needed", param=where)
-        if len(ids) >= self.max_model_len:
-            raise self._overflow(where, str(len(ids)))
 
     def _overflow(self, where: str, counted: str) -> ContextOverflow:
         return ContextOverflow(

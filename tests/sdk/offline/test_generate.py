@@ -1,12 +1,13 @@
 """Answers against transformers, however prompts are batched, shared, preempted or cut off."""
 
 import dataclasses
+import weakref
 
 import pytest
 from tiny_models import FAMILIES, clear_case, random_prompt, tiny_model
 
 from kvrelay import LLM, SamplingParams
-from kvrelay_protocol.errors import Draining
+from kvrelay_protocol.errors import Draining, InvalidRequest
 
 MODEL = tiny_model("qwen3")
 NEW = 24
@@ -160,3 +161,18 @@ def test_a_shut_down_engine_says_so():
     llm.shutdown()
     with pytest.raises(Draining, match="shut down"):
         llm.generate("x")
+
+
+def test_shutting_down_gives_weights_and_pool_back():
+    llm = LLM(MODEL, device="cpu", threads=1)
+    pool = weakref.ref(llm._engine.runner.pool)
+    llm.shutdown()
+    assert pool() is None, "without a collection"
+
+
+def test_another_tokenizer_reads_and_writes_the_text(build):
+    llm = build(tokenizer="kvrelay-demo")
+    (output,) = llm.generate([7, 8, 9], GREEDY)
+    assert output.outputs[0].text == llm.get_tokenizer().decode(output.outputs[0].token_ids)
+    with pytest.raises(InvalidRequest, match="outside the model's vocabulary of 320"):
+        llm.generate("What does os.path.join do?")
