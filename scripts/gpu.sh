@@ -63,7 +63,7 @@ fi
 # The settings of pyproject.toml without plugins that may be missing; a warning of this machine's torch
 # or driver is no failure of ours.
 settings=$scratch/pytest.ini
-printf '[pytest]\naddopts = --import-mode=importlib -ra\npythonpath = tests/support\n' >"$settings"
+printf '[pytest]\naddopts = --import-mode=importlib -ra\npythonpath = %s/tests/support\n' "$tree" >"$settings"
 left_out=""
 if has pytest_asyncio; then
     printf 'asyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n' >>"$settings"
