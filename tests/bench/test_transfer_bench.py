@@ -114,7 +114,7 @@ def test_a_run_between_real_processes_hands_over_exact_blocks(tmp_path, capsys):
     plot = tmp_path / "plot.svg"
     values = flags(
         size=["64KiB"],
-        prompt=["40"],
+        prompt_tokens=["40"],
         rounds="1",
         out=str(out),
         plot=str(plot),

@@ -44,7 +44,7 @@ def _run(values: SimpleNamespace) -> int:
 
 COMMAND = Command(
     "interference",
-    "running streams while long prompts arrive, disaggregated against aggregated",
+    "Running streams while long prompts arrive: two pools against one worker, equal threads.",
     (*_EXPERIMENT, replace(MODEL_FLAG, default="0.5b"), *_STACK),
     _run,
     epilog="All contenders have the same threads in all. Ctrl-C keeps the rounds that have ended.",

@@ -117,11 +117,12 @@ class Spread:
 
     def __str__(self) -> str:
         if self.low == self.high:
-            return _short(self.median)
-        return f"{_short(self.median)} ({_short(self.low)}-{_short(self.high)})"
+            return show(self.median)
+        return f"{show(self.median)} ({show(self.low)}-{show(self.high)})"
 
 
-def _short(value: float) -> str:
+def show(value: float) -> str:
+    """Three significant digits, or all before the point."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -14,6 +14,7 @@ from kvrelay_bench.interference.numbers import (
     METRICS,
     gaps_between,
     round_numbers,
+    show,
     spread,
     winner,
 )
@@ -156,14 +157,14 @@ def _target(party: Contender) -> Target:
 
 
 def _line(numbers: dict[str, float | None]) -> str:
-    def show(key: str) -> str:
+    def rounded(key: str) -> str:
         value = numbers[key]
         return "none" if value is None else f"{value:.0f}"
 
     return (
-        f"ITL p50/p99 alone {show('quiet_itl_p50_ms')}/{show('quiet_itl_p99_ms')}, arriving "
-        f"{show('busy_itl_p50_ms')}/{show('busy_itl_p99_ms')} ms; TTFT {show('long_ttft_p50_ms')} ms; "
-        f"{show('busy_total_tokens_per_s')} tokens/s"
+        f"ITL p50/p99 alone {rounded('quiet_itl_p50_ms')}/{rounded('quiet_itl_p99_ms')}, arriving "
+        f"{rounded('busy_itl_p50_ms')}/{rounded('busy_itl_p99_ms')} ms; TTFT {rounded('long_ttft_p50_ms')} ms; "
+        f"{rounded('busy_total_tokens_per_s')} tokens/s"
     )
 
 
@@ -188,7 +189,7 @@ def verdict(parties: Sequence[Contender]) -> str:
                 continue
             best = winner(metric, {first.name: mine, other.name: theirs})
             group = {first.name: "better", other.name: "worse", None: "about equal"}[best]
-            groups[group].append(f"    {metric.label}: {mine.median:.4g}, {theirs.median:.4g}")
+            groups[group].append(f"    {metric.label}: {show(mine.median)}, {show(theirs.median)}")
         lines = [
             "\n".join([f"  {group}", *found]) if found else f"  {group}: nothing"
             for group, found in groups.items()

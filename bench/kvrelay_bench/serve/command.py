@@ -66,7 +66,7 @@ def _run(values: SimpleNamespace) -> int:
 
 COMMAND = Command(
     "serve",
-    "open-loop or closed-loop load on a server: TTFT, ITL, TPOT, goodput",
+    "Load on any OpenAI-compatible server or a stack of its own: TTFT, ITL, TPOT, goodput.",
     (*_LOAD, *_RESULT, *_SERVER, MODEL_FLAG, *POOL_FLAGS, *STACK_FLAGS),
     _run,
     epilog="Without --rate, --concurrency and --trace: --rate 2. --prefill 0 measures the aggregated\n"

@@ -13,7 +13,7 @@ SIZES = tuple(64 * _KIB * 4**power for power in range(6))
 _FLAGS = (
     Flag("--size", "payload of a message; repeatable", size(16 * _KIB), SIZES, "transfer", "SIZE",
          repeated=True),
-    Flag("--prompt", "tokens of a prompt whose KV is handed over whole; repeatable", integer(1),
+    Flag("--prompt-tokens", "tokens of a prompt whose KV is handed over whole; repeatable", integer(1),
          (1024, 4096), "transfer", "TOKENS", repeated=True),
     Flag("--rounds", "of everything, interleaved", integer(1), 5, "transfer", "N"),
     Flag("--transport", "URI of our transport, such as ucx://?tls=tcp", text, "ucx://", "transfer",
@@ -36,7 +36,7 @@ def _run(values: SimpleNamespace) -> int:
 
 COMMAND = Command(
     "transfer",
-    "KV between two processes: gather, digest, send, verify, scatter, against UCX and memcpy",
+    "KV between two processes, stage by stage, beside plain UCX and memcpy.",
     _FLAGS,
     _run,
     epilog="Ctrl-C keeps the rounds that have ended.",

@@ -148,7 +148,7 @@ def _round(
     perftest = run_perftest(binary, sizes, config) if binary else {}
     whole = _run_json("handover", {
         "uri": values.transport,
-        "prompts": list(values.prompt),
+        "prompts": list(values.prompt_tokens),
         "staging_bytes": HEADER_SIZE + values.staging,
         "staging_buffers": values.staging_buffers,
     })  # fmt: skip
