@@ -88,6 +88,45 @@ FIELDS = {
     "Model": ["id", "max_model_len", "raw"],
     "Health": ["ok", "status_code", "raw"],
     "Tokens": ["ids", "max_model_len"],
+    "RequestOutput": [
+        "request_id",
+        "prompt",
+        "prompt_token_ids",
+        "outputs",
+        "metrics",
+        "num_cached_tokens",
+        "error",
+        "finished",
+    ],
+    "CompletionOutput": [
+        "index",
+        "text",
+        "token_ids",
+        "cumulative_logprob",
+        "logprobs",
+        "finish_reason",
+        "stop_reason",
+    ],
+    "SamplingParams": [
+        "n",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "max_tokens",
+        "min_tokens",
+        "logprobs",
+        "detokenize",
+        "skip_special_tokens",
+        "include_stop_str_in_output",
+    ],
     "Timings": [
         "client_ttft_ms",
         "client_itl_p50_ms",
@@ -111,6 +150,15 @@ FIELDS = {
 }
 
 CLIENT = ["chat", "close", "detokenize", "health", "models", "stream", "tokenize"]
+OFFLINE = [
+    "chat",
+    "generate",
+    "get_default_sampling_params",
+    "get_tokenizer",
+    "max_model_len",
+    "reset_prefix_cache",
+    "shutdown",
+]
 STREAM = [
     "cancel",
     "events",
@@ -149,6 +197,7 @@ def test_lazy_names_match_what_type_checkers_read():
 def test_members():
     assert members(Client) == members(AsyncClient) == sorted(CLIENT)
     assert members(Stream) == members(AsyncStream) == sorted(STREAM)
+    assert members(kvrelay.LLM) == OFFLINE
 
 
 def test_testing_exports():
