@@ -25,6 +25,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
+    "legend.handlelength": 3.2,  # long enough to show dashes
     "lines.linewidth": 1.6,
     "svg.hashsalt": "kvrelay",  # the same numbers give the same file
 }
