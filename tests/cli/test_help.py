@@ -26,7 +26,9 @@ def test_help_imports_nothing_heavy(arguments):
         [sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0
-    assert done.stdout.endswith("LOADED []\n")
+    # The list of benchmarks is read from their declarations, and one of them is a client itself.
+    allowed = "['asyncio']" if arguments[0] == "bench" else "[]"
+    assert done.stdout.endswith((f"LOADED {allowed}\n", "LOADED []\n"))
 
 
 def test_help_answers_in_less_than_300_ms():
