@@ -93,7 +93,7 @@ class OfflineEngine:
         self._queue: deque[_Answer] = deque()
         self._open: dict[int, _Answer] = {}
         self._dirty = False
-        """A call ended, and its sequences could not be let go."""
+        """A call has begun and not ended: not even its end, which may be interrupted too."""
         self.reset()
 
     def reset(self) -> None:
@@ -124,6 +124,7 @@ class OfflineEngine:
         """
         if self._dirty:
             self.reset()
+        self._dirty = True
         arrival = time.monotonic()
         outputs: dict[str, RequestOutput] = {}
 
@@ -142,6 +143,7 @@ class OfflineEngine:
         except BaseException:
             self._let_go()
             raise
+        self._dirty = False
         return [outputs[request.request_id] for request in requests]
 
     def check_integrity(self) -> None:
@@ -150,7 +152,6 @@ class OfflineEngine:
 
     def _let_go(self) -> None:
         """End what runs. A scheduler that broke off half-way through a change is replaced."""
-        self._dirty = True  # until done: this may be interrupted too
         try:
             for sequence_id in self._open:
                 self.scheduler.abort(sequence_id)

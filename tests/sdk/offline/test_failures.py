@@ -156,3 +156,20 @@ def test_a_wrong_prompt_stops_the_call_before_anything_is_computed(llm, on_step)
     on_step(act)
     with pytest.raises(Exception, match=r"prompts\[1\] has no tokens"):
         llm.generate([[1, 2], {"prompt_token_ids": []}], dataclasses.replace(GREEDY, n=1))
+
+
+def test_an_end_that_is_interrupted_too_is_made_good_by_the_next_call(llm, on_step, monkeypatch):
+    def act(number, batch, real):
+        raise MemoryError
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    on_step(act)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine, "_let_go", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([random_prompt(40, seed=n) for n in range(3)], GREEDY)
+    assert llm._engine.scheduler.load().used_blocks > 0
+    on_step(lambda number, batch, real: real(batch))
+    still_answers(llm)
