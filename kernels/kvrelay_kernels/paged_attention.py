@@ -41,7 +41,8 @@ def paged_attention(
     """Attend from every packed query row; the new keys and values are already in the cache.
 
     Args:
-        query: `[tokens, query_heads, head_dim]`, dtype of the cache or float32, may be a strided view.
+        query: `[tokens, query_heads, head_dim]`, dtype of the cache or float32, any
+            16-bit float dtype for an 8-bit cache; may be a strided view.
         key_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, any float dtype. Slots
             that no row sees may hold anything, NaN included.
         value_cache: like `key_cache`.
@@ -114,7 +115,9 @@ def _checked_out(
     check_shape("query", query, (tokens, None, head_dim))
     check_shape("value_cache", value_cache, tuple(key_cache.shape))
     check_dtype("value_cache", value_cache, key_cache.dtype)
-    check_dtype("query", query, key_cache.dtype, torch.float32)
+    # A cache of one-byte numbers serves activations of either 16-bit format.
+    wide = (torch.bfloat16, torch.float16) if key_cache.itemsize == 1 else (key_cache.dtype,)
+    check_dtype("query", query, *wide, torch.float32)
     if query.shape[1] % kv_heads:
         raise ValueError(f"{query.shape[1]} query heads do not divide into {kv_heads} KV heads")
     if out is None:

@@ -15,7 +15,7 @@ class DeviceTraits:
     """Major and minor as one number: 80, 90, 100."""
 
 
-_INTERPRETER = DeviceTraits(multiprocessors=4, capability=0)
+_INTERPRETER = DeviceTraits(multiprocessors=2, capability=0)
 """For tensors that Triton's interpreter reads on a CPU."""
 
 

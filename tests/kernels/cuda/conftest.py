@@ -22,7 +22,11 @@ class _Failed(Exception):
 
 class _InterpretedModule(pytest.File):
     def collect(self):
-        yield _InterpretedRun.from_parent(self, name="interpreted")
+        run = _InterpretedRun.from_parent(self, name="interpreted")
+        run.add_marker(
+            pytest.mark.timeout(900)
+        )  # all tests of a module, on a machine with other work
+        yield run
 
 
 class _InterpretedRun(pytest.Item):

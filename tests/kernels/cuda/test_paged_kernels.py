@@ -92,7 +92,7 @@ def test_decode_matches_at_every_page_size(page):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(3, 3, 16), (4, 1, 16), (6, 2, 24), (21, 1, 16), (2, 2, 8)]
+    ("heads", "kv_heads", "head_dim"), [(3, 3, 16), (4, 1, 16), (6, 2, 24), (17, 1, 16), (2, 2, 8)]
 )
 def test_decode_matches_in_every_head_shape(heads, kv_heads, head_dim):
     case = make_case([1] * 2, [20, 17], heads=heads, kv_heads=kv_heads, head_dim=head_dim)
