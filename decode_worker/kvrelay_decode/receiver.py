@@ -178,12 +178,21 @@ class KvReceiver:
                 f"{piece.block_first} to {end_block}; the lease has {self._pool.num_layers} layers "
                 f"and blocks {self._first_block} to {len(self._blocks)}",
             )
-        self._pool.scatter(
+        if self.lease.has(header.sequence):
+            return
+        copied = self._pool.scatter(
             piece.layer_start,
             end_layer,
             self._blocks[piece.block_first : end_block],
             frame.payload,
+            digest=frame.blocks_digest is not None,
         )
+        # Too late to keep damage out of the blocks, in time to keep it from counting as received: the
+        # lease's blocks have no reader before all of them do.
+        if copied != frame.blocks_digest:
+            raise CorruptFrame(
+                f"the digest of {len(frame.payload)} bytes of KV blocks does not hold"
+            )
 
     def _count(self, nbytes: int) -> None:
         if self._first is None:

@@ -152,6 +152,13 @@ def _scatter(
     return digest_sums_reference(buffer) if digest else None
 
 
+def digests_while_copying(layers: torch.Tensor) -> bool:
+    """Whether the digest variants copy these layers in one pass; elsewhere torch takes a second one."""
+    if not _in_words(layers):
+        return False
+    return layers.device.type == "cuda" or cpu_library() is not None
+
+
 def _in_words(layers: torch.Tensor) -> bool:
     """Whether a token of a block is whole 8-byte words, one block's bytes behind another's."""
     token = layers[0, 0, 0, 0]

@@ -181,7 +181,7 @@ class KvSender:
         end_block = piece.block_first + piece.block_count
         nbytes = piece.payload_bytes(self._kit.layout)
         tokens = min(len(self._spec.tokens), end_block * self._pool.block_size)
-        self._pool.gather(
+        blocks_digest = self._pool.gather(
             piece.layer_start,
             end_layer,
             self._blocks[piece.block_first : end_block],
@@ -200,7 +200,7 @@ class KvSender:
             block_count=piece.block_count,
             trace=self._trace,
         )
-        return seal(buffer, header, nbytes)
+        return seal(buffer, header, nbytes, blocks_digest)
 
     def _fill_record(self, buffer: memoryview, total: int, lease: OpenLease) -> memoryview:
         assert self._output is not None  # noqa: S101 - the record is due only after `computed`

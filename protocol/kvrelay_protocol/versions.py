@@ -2,5 +2,5 @@
 
 JOIN_VERSION = 1
 """Of the Join stream's messages."""
-KV_VERSION = 1
+KV_VERSION = 2
 """Of the KV plane: frame header, payload order, hand-over record."""

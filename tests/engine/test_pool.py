@@ -120,3 +120,14 @@ def test_wrong_arguments_are_named():
         pool.scatter(0, 2, [0], buffer)
     with pytest.raises(ValueError, match="named twice"):
         pool.scatter(0, 3, [1, 1], memoryview(bytes(2 * len(buffer))))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_both_sides_digest_what_they_copy(device):
+    source, target = make_pool(device=device), make_pool(device=device, fill=False)
+    payload = bytearray(source.wire_bytes(0, 2, 2))
+    sent = source.gather(0, 2, [3, 1], memoryview(payload), 2)
+    assert target.scatter(0, 2, [0, 5], memoryview(payload)) is None
+    assert sent in (None, target.scatter(0, 2, [0, 5], memoryview(payload), digest=True))
+    payload[100] ^= 1
+    assert target.scatter(0, 2, [0, 5], memoryview(payload), digest=True) != sent

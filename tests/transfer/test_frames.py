@@ -136,3 +136,35 @@ def test_the_bytes_to_send_are_header_and_payload_only():
 def test_what_does_not_fit_is_refused(header: FrameHeader, payload_bytes: int):
     with pytest.raises(ValueError, match=r"fit|range|16 bytes"):
         seal(bytearray(HEADER_SIZE + 40), header, payload_bytes)
+
+
+BLOCKS = bytes(range(100, 116))
+
+
+def test_a_copiers_digest_seals_blocks_without_reading_them():
+    buffer = bytearray(HEADER_SIZE) + b"payload"
+    seal(buffer, some_header(), 7, BLOCKS)
+    frame = open_frame(buffer, len(buffer))
+    assert frame.blocks_digest == BLOCKS
+    assert frame.payload == b"payload"
+    plain = open_frame(sealed(some_header(), b"payload"), len(buffer))
+    assert plain.blocks_digest is None
+
+
+def test_every_flipped_bit_of_a_header_with_a_copiers_digest_is_detected():
+    buffer = bytearray(HEADER_SIZE) + b"payload"
+    seal(buffer, some_header(), 7, BLOCKS)
+    for bit in range(HEADER_SIZE * 8):
+        buffer[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CorruptFrame):
+            open_frame(buffer, len(buffer))
+        buffer[bit // 8] ^= 1 << bit % 8
+
+
+def test_only_blocks_may_be_left_for_their_copier_to_verify():
+    buffer = bytearray(HEADER_SIZE) + b"payload"
+    seal(buffer, FrameHeader(FrameKind.HANDOVER, LEASE, 7, 3, 0), 7, BLOCKS)
+    with pytest.raises(CorruptFrame, match="digest"):
+        open_frame(buffer, len(buffer))
+    with pytest.raises(ValueError, match="16 bytes, not 3"):
+        seal(buffer, some_header(), 7, b"abc")

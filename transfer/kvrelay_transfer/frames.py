@@ -1,6 +1,6 @@
 """One message of the KV plane: a fixed header directly followed by its payload.
 
-Little-endian, version 1, 160 bytes:
+Little-endian, version 2, 160 bytes:
 
 ```
 offset size field             offset size field
@@ -10,11 +10,15 @@ offset size field             offset size field
      7    1 trace flags           56    8 payload bytes
      8   16 lease id              64   16 trace id
     24    8 epoch                 80    8 span id
-    32    4 generation            88   56 reserved, zero
-    36    4 sequence             144   16 xxh3-128 of bytes 0..144 and the payload
-    40    2 layer start
-    42    2 layer count
+    32    4 generation            88   16 digest of the payload
+    36    4 sequence             104    1 which one: 0 xxh3-128, 1 of blocks
+    40    2 layer start          105   39 reserved, zero
+    42    2 layer count          144   16 xxh3-128 of bytes 0..144
 ```
+
+The payload is sealed by one of two digests, which the frame names: xxh3-128 of its bytes, or the digest of
+KV blocks, which whoever copies them takes on the way (the formula is the copier's). Either lies in the
+header, and the header's own digest covers it.
 
 Header and payload share one staging buffer, so a frame is one message without a gather. Parsing
 reads fixed offsets only; nothing is unpickled or evaluated.
@@ -31,11 +35,16 @@ from .digest import DIGEST_SIZE, digest
 from .transport import Buffer, readable_bytes, writable_bytes
 
 MAGIC = b"KVRF"
-VERSION = 1
+VERSION = 2
 HEADER_SIZE = 160
-_FIELDS = struct.Struct("<4sHBB16sQIIHHIIIQ16s8s56x")
+_FIELDS = struct.Struct("<4sHBB16sQIIHHIIIQ16s8s16sB39x")
 _DIGEST_AT = HEADER_SIZE - DIGEST_SIZE
 _NO_TRACE = bytes(PACKED_SIZE - 1)
+
+
+class _PayloadDigest(enum.IntEnum):
+    XXH3 = 0
+    BLOCKS = 1
 
 
 class FrameKind(enum.IntEnum):
@@ -81,14 +90,28 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A verified frame. `payload` is a view of the buffer it was received into."""
+    """A frame with a verified header. `payload` is a view of the buffer it was received into."""
 
     header: FrameHeader
     payload: memoryview
+    blocks_digest: bytes | None = None
+    """What the payload must still be compared with, by whoever copies its blocks; None if `payload` is
+    verified already."""
 
 
-def seal(buffer: Buffer, header: FrameHeader, payload_bytes: int) -> memoryview:
-    """Write header and digest in front of a payload already at `buffer[HEADER_SIZE:]`.
+def seal(
+    buffer: Buffer,
+    header: FrameHeader,
+    payload_bytes: int,
+    blocks_digest: bytes | None = None,
+) -> memoryview:
+    """Write header and digests in front of a payload already at `buffer[HEADER_SIZE:]`.
+
+    Args:
+        buffer: where the frame lies.
+        header: what the frame says about itself.
+        payload_bytes: length of the payload.
+        blocks_digest: the payload's digest if its copier took one; without it the payload is read.
 
     Returns the bytes to send.
 
@@ -103,6 +126,11 @@ def seal(buffer: Buffer, header: FrameHeader, payload_bytes: int) -> memoryview:
     if len(header.lease_id) != 16:
         raise ValueError(f"a lease id has 16 bytes, not {len(header.lease_id)}")
     packed_trace = header.trace.pack() if header.trace else _NO_TRACE + b"\0"
+    end = HEADER_SIZE + payload_bytes
+    taken = _PayloadDigest.XXH3 if blocks_digest is None else _PayloadDigest.BLOCKS
+    payload_digest = digest(view[HEADER_SIZE:end]) if blocks_digest is None else blocks_digest
+    if len(payload_digest) != DIGEST_SIZE:
+        raise ValueError(f"a digest has {DIGEST_SIZE} bytes, not {len(payload_digest)}")
     try:
         _FIELDS.pack_into(
             view,
@@ -123,16 +151,19 @@ def seal(buffer: Buffer, header: FrameHeader, payload_bytes: int) -> memoryview:
             payload_bytes,
             packed_trace[:16],
             packed_trace[16:24],
+            payload_digest,
+            taken,
         )
     except struct.error as error:
         raise ValueError(f"{header} has a field out of range: {error}") from error
-    end = HEADER_SIZE + payload_bytes
-    view[_DIGEST_AT:HEADER_SIZE] = digest(view[:_DIGEST_AT], view[HEADER_SIZE:end])
+    view[_DIGEST_AT:HEADER_SIZE] = digest(view[:_DIGEST_AT])
     return view[:end]
 
 
 def open_frame(buffer: Buffer, nbytes: int, expected: Expected | None = None) -> Frame:
     """Verify and parse the `nbytes` received into `buffer`.
+
+    A payload of blocks that was sealed by its copier stays unverified: see `Frame.blocks_digest`.
 
     Raises:
         CorruptFrame: length, magic, version or digest do not hold. Nothing in it can be trusted.
@@ -161,6 +192,8 @@ def open_frame(buffer: Buffer, nbytes: int, expected: Expected | None = None) ->
         payload_bytes,
         trace_id,
         span_id,
+        payload_digest,
+        taken,
     ) = _FIELDS.unpack_from(view)
     if magic != MAGIC:
         raise CorruptFrame(f"a frame starts with {magic!r}, not {MAGIC!r}")
@@ -170,13 +203,16 @@ def open_frame(buffer: Buffer, nbytes: int, expected: Expected | None = None) ->
         raise CorruptFrame(
             f"the header says {payload_bytes} payload bytes, {nbytes - HEADER_SIZE} arrived"
         )
+    if digest(view[:_DIGEST_AT]) != bytes(view[_DIGEST_AT:HEADER_SIZE]):
+        raise CorruptFrame("the digest of a frame's header does not hold")
+    if kind not in tuple(FrameKind):
+        raise CorruptFrame(f"unknown frame kind {kind}")
     payload = view[HEADER_SIZE:nbytes]
-    if digest(view[:_DIGEST_AT], payload) != bytes(view[_DIGEST_AT:HEADER_SIZE]):
+    by_copier = taken == _PayloadDigest.BLOCKS and kind == FrameKind.KV_GROUP
+    if not by_copier and (taken != _PayloadDigest.XXH3 or digest(payload) != payload_digest):
         raise CorruptFrame(
             f"the digest of a frame with {payload_bytes} payload bytes does not hold"
         )
-    if kind not in tuple(FrameKind):
-        raise CorruptFrame(f"unknown frame kind {kind}")
     if expected is not None:
         _check_current(expected, lease_id, epoch, generation)
     trace = TraceContext(trace_id, span_id, trace_flags) if any(trace_id) else None
@@ -193,7 +229,7 @@ def open_frame(buffer: Buffer, nbytes: int, expected: Expected | None = None) ->
         total_messages=total_messages,
         trace=trace,
     )
-    return Frame(header, payload)
+    return Frame(header, payload, payload_digest if by_copier else None)
 
 
 def _check_current(expected: Expected, lease_id: bytes, epoch: int, generation: int) -> None:

@@ -244,6 +244,10 @@ class ReceiveLease:
         self._received[number] = size
         return Continue()
 
+    def has(self, number: int) -> bool:
+        """Whether message `number` is verified and in the pool: a repeat must not be written over it."""
+        return number in self._received
+
     def handover(self, total: int) -> Verdict:
         """A verified record: `total` KV messages were sent."""
         self._expect(ReceiveState.RECEIVING)

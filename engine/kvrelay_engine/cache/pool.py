@@ -6,7 +6,13 @@ import torch
 
 from kvrelay_engine.cache.sizing import kv_bytes_per_block
 from kvrelay_engine.models.config import ModelConfig
-from kvrelay_kernels.kv_gather import kv_gather, kv_scatter
+from kvrelay_kernels.kv_gather import (
+    digests_while_copying,
+    kv_gather,
+    kv_gather_digest,
+    kv_scatter,
+    kv_scatter_digest,
+)
 
 
 class KVPool:
@@ -50,7 +56,7 @@ class KVPool:
         blocks: Sequence[int],
         out: memoryview | torch.Tensor,
         valid_tokens_in_last_block: int,
-    ) -> None:
+    ) -> bytes | None:
         """Write blocks of the layers `[first_layer, end_layer)` into `out` in the wire layout.
 
         The rows of the last block past `valid_tokens_in_last_block` are written as zeros, so equal
@@ -64,6 +70,9 @@ class KVPool:
                 Pinned memory saves a copy on CUDA.
             valid_tokens_in_last_block: 1 to `block_size`.
 
+        Returns:
+            The digest of `out`, of `kvrelay_kernels.kv_gather`; None where it would take a second pass.
+
         Raises:
             ValueError: an index, a size or the buffer does not fit.
         """
@@ -74,21 +83,26 @@ class KVPool:
         layers = self._layers(first_layer, end_layer)
         indices = self._indices(blocks)
         target = self._wire_view(out, layers, len(blocks))
-        if self.device.type == "cpu":
-            kv_gather(layers, indices, target)
-            target[:, :, -1, valid_tokens_in_last_block:] = 0
-            return
-        staged = torch.empty(target.shape, dtype=self.dtype, device=self.device)
-        kv_gather(layers, indices, staged)
-        staged[:, :, -1, valid_tokens_in_last_block:] = 0
+        on_host = self.device.type == "cpu"
+        staged = target if on_host else torch.empty_like(target, device=self.device)
+        digest: bytes | None = None
+        if digests_while_copying(layers):
+            digest = kv_gather_digest(
+                layers, indices, staged, valid_tokens=valid_tokens_in_last_block
+            )
+        else:
+            kv_gather(layers, indices, staged, valid_tokens=valid_tokens_in_last_block)
+        if on_host:
+            return digest
         if target.is_pinned():
             target.copy_(staged)
-            return
+            return digest
         # A device writes to pageable memory through small bounce buffers; one pinned buffer from
         # torch's cache and a plain copy is faster.
         pinned = torch.empty(target.shape, dtype=self.dtype, pin_memory=True)
         pinned.copy_(staged)
         target.copy_(pinned)
+        return digest
 
     def scatter(
         self,
@@ -96,10 +110,13 @@ class KVPool:
         end_layer: int,
         blocks: Sequence[int],
         payload: memoryview | torch.Tensor,
-    ) -> None:
+        *,
+        digest: bool = False,
+    ) -> bytes | None:
         """Write a payload in the wire layout into distinct blocks; the inverse of `gather`.
 
-        Returns when `payload` may be reused.
+        Returns when `payload` may be reused: the digest of what was written, or None without `digest`.
+        The blocks are written before it is known: nobody may read them until it is compared.
 
         Raises:
             ValueError: an index, a size or the payload does not fit, or a block is named twice.
@@ -110,7 +127,11 @@ class KVPool:
         indices = self._indices(blocks)
         source = self._wire_view(_writable(payload), layers, len(blocks))
         # A blocking copy: the caller may hand the payload's memory to the next message.
-        kv_scatter(layers, indices, source.to(self.device))
+        moved = source.to(self.device)
+        if digest:
+            return kv_scatter_digest(layers, indices, moved)
+        kv_scatter(layers, indices, moved)
+        return None
 
     def _layers(self, first_layer: int, end_layer: int) -> torch.Tensor:
         if not 0 <= first_layer < end_layer <= self.num_layers:
