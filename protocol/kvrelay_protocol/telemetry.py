@@ -6,12 +6,16 @@ not true; otherwise they are created (ids travel) and dropped.
 """
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, TraceFlags
 from opentelemetry.util.types import AttributeValue
 
@@ -24,6 +28,31 @@ def export_enabled(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment names a collector."""
     disabled = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     return not disabled and any(environ.get(name) for name in _ENDPOINTS)
+
+
+class _Ids(RandomIdGenerator):
+    """Random ids, but for a span whose identity was given out before it is made."""
+
+    def __init__(self) -> None:
+        self._next = threading.local()
+
+    def use(self, identity: TraceContext) -> None:
+        """The next span of this thread is this one."""
+        self._next.identity = identity
+
+    def generate_span_id(self) -> int:
+        identity = self._take()
+        return int.from_bytes(identity.span_id, "big") if identity else super().generate_span_id()
+
+    def generate_trace_id(self) -> int:
+        # Asked for first, and only for spans without a parent.
+        identity: TraceContext | None = getattr(self._next, "identity", None)
+        return int.from_bytes(identity.trace_id, "big") if identity else super().generate_trace_id()
+
+    def _take(self) -> TraceContext | None:
+        identity: TraceContext | None = getattr(self._next, "identity", None)
+        self._next.identity = None
+        return identity
 
 
 class Telemetry:
@@ -43,7 +72,12 @@ class Telemetry:
                 "service.instance.id": instance,
             },
         )
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._ids = _Ids()
+        self._provider = TracerProvider(
+            resource=resource, shutdown_on_exit=False, id_generator=self._ids
+        )
+        self.recording = bool(processors) or export_enabled()
+        """Whether anybody gets to see the spans."""
         for processor in processors:
             self._provider.add_span_processor(processor)
         if export_enabled():
@@ -54,11 +88,26 @@ class Telemetry:
             )
         self.tracer = self._provider.get_tracer("kvrelay")
 
+    def identify(self, name: str, parent: TraceContext | None) -> TraceContext:
+        """The identity of a span to be made later, when what is in it is known.
+
+        Whether it is sampled is decided here, as its children elsewhere begin earlier than it is made.
+        """
+        new = TraceContext.new()
+        trace_id, flags = (parent.trace_id, parent.flags) if parent else (new.trace_id, new.flags)
+        if self.recording:
+            decision = self._provider.sampler.should_sample(
+                _parent_context(parent), int.from_bytes(trace_id, "big"), name
+            ).decision
+            flags = (flags & ~1) | (decision is Decision.RECORD_AND_SAMPLE)
+        return TraceContext(trace_id, new.span_id, flags)
+
     def start_span(
         self,
         name: str,
         *,
         parent: TraceContext | None,
+        identity: TraceContext | None = None,
         kind: SpanKind = SpanKind.INTERNAL,
         start_ns: int | None = None,
         links: Sequence[TraceContext] = (),
@@ -67,15 +116,15 @@ class Telemetry:
         """Begin a span as a child of `parent` (a root where there is none).
 
         Args:
+            identity: what `identify` gave; a new one by default.
             start_ns: wall clock in nanoseconds since the epoch; now by default.
             links: spans this one follows from without being their child.
         """
-        context = (
-            trace.set_span_in_context(NonRecordingSpan(_otel_context(parent))) if parent else None
-        )
+        if identity is not None:
+            self._ids.use(identity)
         return self.tracer.start_span(
             name,
-            context=context,
+            context=_parent_context(parent),
             kind=kind,
             start_time=start_ns,
             links=[Link(_otel_context(link)) for link in links],
@@ -95,6 +144,10 @@ def context_of(span: Span) -> TraceContext:
         context.span_id.to_bytes(8, "big"),
         int(context.trace_flags),
     )
+
+
+def _parent_context(parent: TraceContext | None) -> Context | None:
+    return trace.set_span_in_context(NonRecordingSpan(_otel_context(parent))) if parent else None
 
 
 def _otel_context(context: TraceContext) -> SpanContext:

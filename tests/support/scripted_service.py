@@ -167,6 +167,9 @@ class ScriptedService:
             return Health(ready=False, phase="waiting_for_decode_worker")
         return Health(ready=True, phase="ready", workers=(worker,))
 
+    def context_limit(self) -> int | None:
+        return self.health().max_model_len
+
     @property
     def last(self) -> ScriptedStream:
         return self.streams[-1]

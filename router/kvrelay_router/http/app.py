@@ -166,8 +166,10 @@ def _add_generating_routes(app: FastAPI, endpoints: Mapping[str, ASGIApp]) -> No
 
 def within_limits(model: ServedModel, core: RequestService) -> ServedModel:
     """The model as the workers that joined can run it: their pools may hold less than its context."""
-    limit = core.health().max_model_len
-    return model if limit is None else replace(model, max_model_len=min(model.max_model_len, limit))
+    limit = core.context_limit()
+    if limit is None or limit >= model.max_model_len:
+        return model
+    return replace(model, max_model_len=limit)
 
 
 def _add_plain_routes(

@@ -11,37 +11,21 @@ class ChatFrames:
 
     def __init__(self, answer_id: str, created: int, model: str, *, include_usage: bool) -> None:
         self._base = {"id": answer_id, "created": created, "model": model}
-        # With include_usage every chunk has the key, null until the last.
-        self._usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        self._spliced: dict[int, sse.SplicedFrame] = {}
-
-    def _chunk(
-        self,
-        index: int,
-        delta: Mapping[str, Any],
-        reason: str | None = None,
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        base = {**self._base, "object": "chat.completion.chunk"}
-        return {**base, "choices": [choice], **self._usage}
+        self._chunks = sse.Chunks(
+            {**self._base, "object": "chat.completion.chunk"}, usage_in_all=include_usage
+        )
 
     def opening(self, index: int) -> bytes:
-        return sse.data_frame(self._chunk(index, {"role": "assistant", "content": ""}))
+        return self._chunks.render(index, '"delta":{"role":"assistant","content":""}')
 
     def delta(self, index: int, text: str, usage: Mapping[str, Any] | None) -> bytes:
-        if usage is not None:
-            return sse.data_frame({**self._chunk(index, {"content": text}), "usage": usage})
-        if index not in self._spliced:
-            chunk = self._chunk(index, {"content": sse.SplicedFrame.HOLE})
-            self._spliced[index] = sse.SplicedFrame(chunk)
-        return self._spliced[index].render(text)
+        return self._chunks.render(index, f'"delta":{{"content":{sse.quote(text)}}}', usage=usage)
 
     def finish(self, index: int, reason: str) -> bytes:
-        return sse.data_frame(self._chunk(index, {}, reason))
+        return self._chunks.render(index, '"delta":{}', reason)
 
     def usage(self, usage: Mapping[str, Any]) -> bytes:
-        base = {**self._base, "object": "chat.completion.chunk"}
-        return sse.data_frame({**base, "choices": [], "usage": usage})
+        return self._chunks.without_choices(usage)
 
     def whole(
         self,

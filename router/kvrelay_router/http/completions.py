@@ -16,36 +16,27 @@ class CompletionFrames:
             "created": created,
             "model": model,
         }
-        self._usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        self._spliced: dict[int, sse.SplicedFrame] = {}
-
-    def _chunk(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
-        return {**self._base, "choices": [_choice(index, text, reason)], **self._usage}
+        self._chunks = sse.Chunks(self._base, usage_in_all=include_usage)
 
     def opening(self, index: int) -> bytes:  # noqa: ARG002 (plain text has no opening)
         return b""
 
     def delta(self, index: int, text: str, usage: Mapping[str, Any] | None) -> bytes:
-        if usage is not None:
-            return sse.data_frame({**self._chunk(index, text), "usage": usage})
-        if index not in self._spliced:
-            self._spliced[index] = sse.SplicedFrame(self._chunk(index, sse.SplicedFrame.HOLE))
-        return self._spliced[index].render(text)
+        return self._chunks.render(index, f'"text":{sse.quote(text)}', usage=usage)
 
     def finish(self, index: int, reason: str) -> bytes:
-        return sse.data_frame(self._chunk(index, "", reason))
+        return self._chunks.render(index, '"text":""', reason)
 
     def usage(self, usage: Mapping[str, Any]) -> bytes:
-        return sse.data_frame({**self._base, "choices": [], "usage": usage})
+        return self._chunks.without_choices(usage)
 
     def whole(
         self,
         answers: Sequence[tuple[str, str]],
         usage: Mapping[str, Any],
     ) -> dict[str, Any]:
-        choices = [_choice(index, text, reason) for index, (text, reason) in enumerate(answers)]
+        choices = [
+            {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+            for index, (text, reason) in enumerate(answers)
+        ]
         return {**self._base, "choices": choices, "usage": usage}
-
-
-def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}

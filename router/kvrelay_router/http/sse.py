@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-_quote = json.encoder.encode_basestring_ascii
+quote = json.encoder.encode_basestring_ascii
 """What `json.dumps` does with a string, past the rest of it."""
 
 DONE = b"data: [DONE]\n\n"
@@ -21,9 +21,12 @@ HEADERS = {
 }
 
 
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def dump(value: Any) -> str:
     """Compact JSON in ASCII: some clients split lines at U+2028 and U+0085, which JSON leaves raw."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return _compact.encode(value)
 
 
 def data_frame(value: Any) -> bytes:
@@ -36,17 +39,38 @@ def named_frame(event: str, value: Mapping[str, Any]) -> bytes:
     return f"event: {event}\ndata: {dump(value)}\n\n".encode("ascii")
 
 
-class SplicedFrame:
-    """A chunk rendered once, into which only the text of each delta is spliced."""
+class Chunks:
+    """The chunks of one answer: rendered once, so that a token costs only its own text."""
 
-    _MARK = "\x00text\x00"
+    def __init__(self, base: Mapping[str, Any], *, usage_in_all: bool) -> None:
+        """Args: with `usage_in_all` every chunk has the key, null until the last."""
+        self._start = f"data: {dump(base)[:-1]},"
+        self._end = ',"usage":null}\n\n' if usage_in_all else "}\n\n"
+        self._ordinary_end = f',"logprobs":null,"finish_reason":null}}]{self._end}'
 
-    def __init__(self, chunk: Mapping[str, Any]) -> None:
-        """Args: `chunk` holds `SplicedFrame.HOLE` where the text goes."""
-        before, _, after = dump(chunk).partition(dump(self._MARK))
-        self._before, self._after = f"data: {before}", f"{after}\n\n"
+    def render(
+        self,
+        index: int,
+        content: str,
+        reason: str | None = None,
+        *,
+        usage: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """A chunk with one choice.
 
-    HOLE = _MARK
+        Args:
+            index: of the answer.
+            content: the part of a choice that is this endpoint's own, as JSON.
+            reason: why the answer ended, where it did.
+            usage: instead of null.
+        """
+        if reason is None and usage is None:
+            end = self._ordinary_end
+        else:
+            last = self._end if usage is None else f',"usage":{dump(usage)}}}\n\n'
+            end = f',"logprobs":null,"finish_reason":{dump(reason)}}}]{last}'
+        return f'{self._start}"choices":[{{"index":{index},{content}{end}'.encode("ascii")
 
-    def render(self, text: str) -> bytes:
-        return f"{self._before}{_quote(text)}{self._after}".encode("ascii")
+    def without_choices(self, usage: Mapping[str, Any]) -> bytes:
+        """The chunk that only counts."""
+        return f'{self._start}"choices":[],"usage":{dump(usage)}}}\n\n'.encode("ascii")

@@ -90,5 +90,6 @@ class Emit:
     event: RequestEvent
 
 
-WorkerAction = SubmitDecode | SubmitPrefill | OpenTransfer | ResendKv | ReleaseKv | Cancel
+FollowUp = OpenTransfer | ResendKv | ReleaseKv | Cancel
+WorkerAction = SubmitDecode | SubmitPrefill | FollowUp
 Action = WorkerAction | FindPlace | Emit

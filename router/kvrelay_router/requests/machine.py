@@ -294,12 +294,12 @@ class RequestMachine:
             self.request.max_tokens - offset,
             max(0.0, self._deadline_at - event.at),
         )
-        actions: list[Action] = [
-            Emit(Placed(path, number)),
-            SubmitDecode(path.decode_worker, attempt, expect_kv=path.prefill_worker is not None),
-        ]
+        actions: list[Action] = [Emit(Placed(path, number))]
         if path.prefill_worker is not None:
+            # First the one whose token the client waits for.
             actions.append(SubmitPrefill(path.prefill_worker, attempt))
+        expect_kv = path.prefill_worker is not None
+        actions.append(SubmitDecode(path.decode_worker, attempt, expect_kv))
         return actions
 
     def _place_timed_out(self, event: PlaceTimedOut) -> list[Action]:

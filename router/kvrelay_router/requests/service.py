@@ -34,7 +34,13 @@ from kvrelay_router.requests.types import (
     ValidRequest,
     WorkerView,
 )
-from kvrelay_router.requests.wire import router_message, tokens_event, worker_event
+from kvrelay_router.requests.wire import (
+    router_message,
+    sequence_of,
+    submit_message,
+    tokens_event,
+    worker_event,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,7 @@ class _Flight:
         "received_at",
         "request",
         "search_ns",
+        "sequence",
         "sequence_id",
         "stream",
         "trace",
@@ -74,6 +81,8 @@ class _Flight:
         self.last_token_at: float | None = None
         self.sequence_id = 0
         """Of the current attempt; 0 between attempts."""
+        self.sequence: pb.Sequence | None = None
+        """What the workers of the latest attempt were told."""
         self.links: tuple[WorkerLink, ...] = ()
         """Workers of the current attempt."""
         self.find: actions.FindPlace | None = None
@@ -110,6 +119,8 @@ class RouterService:
         """Tokens of the step message in hand, added to the metric once per message."""
         self._idle = asyncio.Event()
         self._idle.set()
+        metrics.running.set_function(lambda: len(self._by_sequence))
+        metrics.waiting.set_function(lambda: len(self._line) + len(self._replaying))
 
     # ---- for the edge
 
@@ -152,13 +163,16 @@ class RouterService:
         ready = any(v.role == Role.DECODE and not v.draining for v in views)
         if self._draining:
             return Health(ready=False, phase="draining", workers=views)
-        limits = [k.max_model_len for k in self._registry.links if k.role is Role.DECODE]
         return Health(
             ready=ready,
             phase="ready" if ready else "no_decode_worker",
             workers=views,
-            max_model_len=min(limits, default=None),
+            max_model_len=self.context_limit(),
         )
+
+    def context_limit(self) -> int | None:
+        limits = [k.max_model_len for k in self._registry.links if k.role is Role.DECODE]
+        return min(limits, default=None)
 
     # ---- for the owner
 
@@ -210,7 +224,8 @@ class RouterService:
             flight = by_sequence.get(sequence_id)
             if flight is None:
                 continue
-            tokens = tuple(run.tokens)
+            ids = run.tokens
+            tokens = (ids[0],) if len(ids) == 1 else tuple(ids)
             last = flight.last_token_at
             if (
                 last is None
@@ -260,15 +275,22 @@ class RouterService:
                 return None
             case actions.FindPlace():
                 return self._find_place(flight, action)
-            case _:
-                message = router_message(
-                    action,
-                    flight.request,
-                    traceparent=flight.traceparent,
-                    lease_s=self._config.lease_s,
-                )
+            case actions.SubmitDecode() | actions.SubmitPrefill():
+                sequence = self._sequence(flight, action.attempt)
+                message = submit_message(action, sequence, lease_s=self._config.lease_s)
                 self._registry.send(action.worker, message)
                 return None
+            case _:
+                self._registry.send(action.worker, router_message(action))
+                return None
+
+    def _sequence(self, flight: _Flight, attempt: actions.Attempt) -> pb.Sequence:
+        """Made once for both workers of an attempt."""
+        made = flight.sequence
+        if made is None or made.sequence_id != attempt.sequence_id:
+            made = sequence_of(attempt, flight.request, flight.traceparent)
+            flight.sequence = made
+        return made
 
     def _emit(self, flight: _Flight, event: RequestEvent, at: float) -> None:
         # The client comes first: a defect in the book-keeping below must not cost it the event.
@@ -303,7 +325,6 @@ class RouterService:
         if not self._flights:
             self._idle.set()
         self._rate.ended(at)
-        self._show_counts()
         self._schedule_pump()
         self._metrics.e2e_latency.observe(at - flight.received_at)
         if isinstance(event, Finished):
@@ -332,10 +353,8 @@ class RouterService:
         )
         if find.cause is not None:
             self._replaying[flight] = None
-            self._show_counts()
             return None
         position = self._line.add(flight)
-        self._show_counts()
         decoders = any(k.role is Role.DECODE and not k.draining for k in self._registry.links)
         eta = self._rate.eta_s(position) if decoders else None
         return events.NoPlace(self._clock(), position, eta, parked=not decoders)
@@ -363,7 +382,6 @@ class RouterService:
         self._by_sequence[flight.sequence_id] = flight
         for link in flight.links:
             link.dispatch(flight.sequence_id, tokens)
-        self._show_counts()
         return events.PlaceFound(self._clock(), flight.sequence_id, path)
 
     def _new_sequence_id(self) -> int:
@@ -416,10 +434,6 @@ class RouterService:
             return False
         self._feed(flight, found)
         return True
-
-    def _show_counts(self) -> None:
-        self._metrics.running.set(len(self._by_sequence))
-        self._metrics.waiting.set(len(self._line) + len(self._replaying))
 
 
 def _view(link: WorkerLink) -> WorkerView:

@@ -195,3 +195,6 @@ class RequestService(Protocol):
         """
 
     def health(self) -> Health: ...
+
+    def context_limit(self) -> int | None:
+        """`Health.max_model_len`, without the rest: every request asks for it."""

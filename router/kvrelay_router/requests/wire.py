@@ -64,25 +64,21 @@ def worker_event(at: float, worker: str, message: pb.WorkerMessage) -> events.Wo
             return None
 
 
-def router_message(
-    action: actions.WorkerAction,
-    request: ValidRequest,
-    *,
-    traceparent: str,
-    lease_s: float,
+def submit_message(
+    action: actions.SubmitDecode | actions.SubmitPrefill, sequence: pb.Sequence, *, lease_s: float
 ) -> pb.RouterMessage:
-    """The message that carries an action out."""
+    """The message that dispatches an attempt; both its workers get the same sequence."""
     match action:
-        case actions.SubmitDecode(_, attempt, expect_kv):
-            submit = pb.SubmitDecode(
-                sequence=_sequence(attempt, request, traceparent),
-                expect_kv=expect_kv,
-                lease_seconds=lease_s,
-            )
+        case actions.SubmitDecode(expect_kv=expect_kv):
+            submit = pb.SubmitDecode(sequence=sequence, expect_kv=expect_kv, lease_seconds=lease_s)
             return pb.RouterMessage(submit_decode=submit)
-        case actions.SubmitPrefill(_, attempt):
-            sequence = _sequence(attempt, request, traceparent)
+        case actions.SubmitPrefill():
             return pb.RouterMessage(submit_prefill=pb.SubmitPrefill(sequence=sequence))
+
+
+def router_message(action: actions.FollowUp) -> pb.RouterMessage:
+    """The message that carries out any other action for a worker."""
+    match action:
         case actions.OpenTransfer(_, sequence_id, lease):
             opened = pb.OpenTransfer(sequence_id=sequence_id, lease=lease)
             return pb.RouterMessage(open_transfer=opened)
@@ -96,7 +92,8 @@ def router_message(
             return pb.RouterMessage(cancel=cancel)
 
 
-def _sequence(attempt: actions.Attempt, request: ValidRequest, traceparent: str) -> pb.Sequence:
+def sequence_of(attempt: actions.Attempt, request: ValidRequest, traceparent: str) -> pb.Sequence:
+    """What workers are told of an attempt."""
     sampling = request.sampling
     return pb.Sequence(
         sequence_id=attempt.sequence_id,

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 8
@@ -52,6 +53,20 @@ class TokenBytes:
         """Args: `token_of` names a token by its id; `skipped` ids have no text."""
         self._token_of = token_of
         self._known: dict[int, bytes] = dict.fromkeys(skipped, b"")
+        self._texts: dict[int, str | None] = {}
+
+    def text(self, token_id: int) -> str | None:
+        """A token's text where it begins and ends between characters; None where it cuts one."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            pass
+        try:
+            text: str | None = self[token_id].decode()
+        except UnicodeDecodeError:
+            text = None
+        self._texts[token_id] = text
+        return text
 
     def __getitem__(self, token_id: int) -> bytes:
         known = self._known.get(token_id)
@@ -73,10 +88,18 @@ class ByteLevelDetokenizer:
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._bytes = token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = _Utf8Decoder("replace")
+        self._inside = False
+        """What was pushed ends inside a character."""
 
     def push(self, ids: Sequence[int]) -> str:
-        return self._utf8.decode(b"".join([self._bytes[token_id] for token_id in ids]))
+        if len(ids) == 1 and not self._inside:  # nearly every step of nearly every answer
+            text = self._bytes.text(ids[0])
+            if text is not None:
+                return text
+        text = self._utf8.decode(b"".join([self._bytes[token_id] for token_id in ids]))
+        self._inside = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

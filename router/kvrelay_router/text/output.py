@@ -19,7 +19,7 @@ class OutputText:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
         self._one_by_one = bool(stops)
-        self._hidden = hidden
+        self._hidden = frozenset(hidden)
         self.tokens = 0
         """Tokens taken in, the one that completed a stop string being the last."""
 
@@ -31,7 +31,9 @@ class OutputText:
         """New text to show."""
         if not self._one_by_one:
             self.tokens += len(ids)
-            return self._detokenizer.push([i for i in ids if i not in self._hidden])
+            if not self._hidden.isdisjoint(ids):
+                ids = [i for i in ids if i not in self._hidden]
+            return self._detokenizer.push(ids)
         shown = ""
         for token_id in ids:
             if self.stopped():

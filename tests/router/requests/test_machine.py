@@ -106,8 +106,8 @@ def test_undisturbed_disaggregated_request() -> None:
     assert machine.handle(ev.Admitted(0.0)) == [act.FindPlace(0, 30.0)]
     assert machine.handle(ev.PlaceFound(1.0, 7, SPLIT)) == [
         act.Emit(Placed(SPLIT, 0)),
-        act.SubmitDecode("D", attempt(), expect_kv=True),
         act.SubmitPrefill("P", attempt()),
+        act.SubmitDecode("D", attempt(), expect_kv=True),
     ]
     assert machine.state is State.PLACED
     assert machine.handle(ev.SequenceStarted(1.5, 7, "P", 2)) == [act.Emit(Started(2))]
@@ -332,8 +332,8 @@ def test_decode_lost_is_replayed_from_what_was_emitted() -> None:
     )
     assert machine.handle(ev.PlaceFound(4.5, 8, REPLAY)) == [
         act.Emit(Placed(REPLAY, 1)),
-        act.SubmitDecode("E", again, expect_kv=True),
         act.SubmitPrefill("P", again),
+        act.SubmitDecode("E", again, expect_kv=True),
     ]
     assert machine.handle(ev.SequenceStarted(4.6, 8, "P", 3)) == []
     assert machine.handle(tokens("P", 2, 52, at=5.0, sid=8)) == [
