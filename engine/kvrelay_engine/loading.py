@@ -57,12 +57,17 @@ def load_engine(
     return ModelRunner(config, Decoder(config, weights), pool, max_step_tokens=max_step_tokens)
 
 
+_TORCH_THREADS = torch.get_num_threads()
+"""What torch chose for this machine, before any engine changed it."""
+
+
 def set_compute_threads(threads: int) -> None:
-    """How many threads a step uses; at least 1.
+    """How many threads a step uses; 0 takes as many as torch would.
 
     Torch gets one where the compiled kernels have their own: its threads would spin for the same cores
     after each of its own few ops.
     """
+    threads = threads or _TORCH_THREADS
     library = cpu_library()
     if library is None:
         torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "kvrelay", "kvrelay_protocol", "kvrelay_router", "kvrelay_engine", "kvrelay_kernels",
     "kvrelay_transfer", "kvrelay_prefill", "kvrelay_decode", "kvrelay_infra",
+    "kvrelay_bench",
 }  # fmt: skip
 FORBIDDEN = ("torch", "numpy", "grpc", "google.protobuf", "fastapi", "uvicorn", "tokenizers",
              "transformers", "ucxx", "opentelemetry", "prometheus_client", "psutil", "xxhash")  # fmt: skip
@@ -47,7 +48,7 @@ def test_the_base_package_needs_httpx_and_pydantic_only(wheel):
     required = metadata.get_all("Requires-Dist")
     base = {re.split(r"[<>=!~ \[;]", r)[0] for r in required if "extra ==" not in r}
     assert base == {"httpx", "pydantic"}
-    assert set(metadata.get_all("Provides-Extra")) == {"router", "worker", "all", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"router", "worker", "all", "bench", "dev"}
 
 
 def test_the_wheel_holds_every_package_typed_and_the_demo_model(wheel):

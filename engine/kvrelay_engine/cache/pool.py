@@ -1,7 +1,9 @@
 """The tensors of the paged KV cache, and their wire layout. Indices belong to the allocator."""
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from kvrelay_engine.cache.sizing import kv_bytes_per_block
@@ -38,10 +40,10 @@ class KVPool:
         self.dtype = dtype
         self.bytes_per_block = kv_bytes_per_block(config, block_size, dtype.itemsize)
         # Zeros, so that whole blocks put on the wire never carry what the memory held before.
-        self.tensor = torch.zeros(
+        self.tensor = _zeros(
             (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim),
-            dtype=dtype,
-            device=device,
+            dtype,
+            device,
         )
         """`[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]`; keys first."""
 
@@ -156,6 +158,17 @@ class KVPool:
         if flat.dtype != torch.uint8 or flat.nbytes != expected:
             raise ValueError(f"the buffer is {flat.nbytes} bytes of {flat.dtype}, not {expected}")
         return flat.view(-1).view(self.dtype).view(shape)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU memory that the system zeroes when a block is first used: a pool costs nothing to make."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+        .view(dtype)
+        .view(shape)
+    )
 
 
 def _writable(payload: memoryview | torch.Tensor) -> memoryview | torch.Tensor:

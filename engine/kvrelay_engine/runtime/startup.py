@@ -105,7 +105,7 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
         from kvrelay_engine.models.weights import load_model_config
         from kvrelay_engine.runtime.warmup import fingerprint, warm_up
 
-        set_compute_threads(config.threads or torch.get_num_threads())
+        set_compute_threads(config.threads)
         _check_device(config.device)
     model = load_model_config(config.model_dir)
     dtype = resolve_dtype(config.dtype, model.checkpoint_dtype)

@@ -1,6 +1,5 @@
 """From the arguments of `LLM` to a loaded model with its pool, warmed up."""
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,7 @@ def load(files: ModelFiles, wish: LoadWish, pool: PoolWish) -> Loaded:
             param="quantization",
         )
     device = _device(wish.device)
-    set_compute_threads(wish.threads or _torch_threads())
+    set_compute_threads(wish.threads)
     files.read_config()
     config = load_model_config(files.directory)
     dtype = _dtype(wish.dtype, config.checkpoint_dtype)
@@ -90,14 +89,6 @@ def load(files: ModelFiles, wish: LoadWish, pool: PoolWish) -> Loaded:
         ) from None
     warm_up(runner)
     return Loaded(runner, plan.max_model_len, tokens)
-
-
-@functools.cache
-def _torch_threads() -> int:
-    """What torch chose for this machine, asked before an engine changes it."""
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _device(device: str) -> str:
