@@ -175,7 +175,7 @@ def _chunk(
             mask &= columns > rows - sliding_window
     # KV heads are the batch and the heads of a group share one key by a stride of zero: no copies.
     attended = _attend(
-        query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3),
+        query.reshape(query.shape[0], kv_heads, group, -1).permute(1, 2, 0, 3),
         key.unsqueeze(1).expand(-1, group, -1, -1),
         value.unsqueeze(1).expand(-1, group, -1, -1),
         mask=mask,
