@@ -20,7 +20,7 @@ def rotary_kv_write_reference(  # noqa: PLR0917 # tensors by position, settings 
     """`kvrelay_kernels.rotary_kv_write.rotary_kv_write` on any device, in any dtype."""
     _, _, kv_heads, head_dim = key_cache.shape
     heads = qkv.shape[1] - 2 * kv_heads
-    query, key, value = torch.split(qkv, (heads, kv_heads, kv_heads), dim=1)
+    query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
     if query_norm is not None:
         query.copy_(rms_norm_reference(query, query_norm, eps, out=torch.empty_like(query)))
     key = (
