@@ -53,6 +53,7 @@ class Answer:
         self._frames = frames
         self._patience = patience
         self._named = named_events
+        self._continuous_usage = generation.plan.continuous_usage
         self._opened: set[int] = set()
         self._client: DirectClient | None = None
         self._wrote_at = 0.0
@@ -87,7 +88,8 @@ class Answer:
         generation.sink = partial(_collect, texts)
         await generation.ended()
         for output in await generation.outputs():
-            _collect(texts, output)
+            if isinstance(output, Delta):
+                texts[output.index] += output.text
         if generation.gone:
             return
         if generation.error is not None:
@@ -146,12 +148,13 @@ class Answer:
             rest += sse.named_frame("timings", timings)
         await self._body(send, rest + sse.DONE, more=False)
 
-    def _write(self, output: Output) -> bool:
+    def _write(self, index: int, text: str) -> bool:
         """The path of every token: straight to the socket."""
-        if self._client is None or self._sending or not isinstance(output, Delta):
-            return False  # what isn't a token is rare, and wakes the writer
+        if self._client is None or self._sending or self._client.behind:
+            return False
         self._wrote_at = monotonic()
-        return self._client.write(self._frame(output))
+        self._client.write(self._delta(index, text))
+        return True
 
     def _render(self, outputs: list[Output]) -> bytes:
         return b"".join(map(self._frame, outputs))
@@ -159,18 +162,23 @@ class Answer:
     def _frame(self, output: Output) -> bytes:
         match output:
             case Delta(index, text):
-                plan = self._generation.plan
-                usage = self._generation.usage() if plan.continuous_usage else None
-                frame = self._frames.delta(index, text, usage)
+                return self._delta(index, text)
             case End(index, reason):
-                frame = self._frames.finish(index, reason)
+                return self._opening(index) + self._frames.finish(index, reason)
             case Notice(event, data):
                 return sse.named_frame(event, data)
+
+    def _delta(self, index: int, text: str) -> bytes:
+        usage = self._generation.usage() if self._continuous_usage else None
+        frame = self._frames.delta(index, text, usage)
+        return frame if index in self._opened else self._opening(index) + frame
+
+    def _opening(self, index: int) -> bytes:
         if index in self._opened:
-            return frame
+            return b""
         # With the first text, not before: naive clients take the first chunk as the first token.
         self._opened.add(index)
-        return self._frames.opening(index) + frame
+        return self._frames.opening(index)
 
     def _time_to_ping(self) -> float:
         """Seconds until the client has had nothing for too long."""
@@ -200,9 +208,8 @@ class Answer:
             self._sending = False
 
 
-def _collect(texts: list[str], output: Output) -> bool:
-    if isinstance(output, Delta):
-        texts[output.index] += output.text
+def _collect(texts: list[str], index: int, text: str) -> bool:
+    texts[index] += text
     return True
 
 

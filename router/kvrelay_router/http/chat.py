@@ -14,11 +14,19 @@ class ChatFrames:
         self._chunks = sse.Chunks(
             {**self._base, "object": "chat.completion.chunk"}, usage_in_all=include_usage
         )
+        self._texts: dict[int, sse.TextFrame] = {}
 
     def opening(self, index: int) -> bytes:
         return self._chunks.render(index, '"delta":{"role":"assistant","content":""}')
 
     def delta(self, index: int, text: str, usage: Mapping[str, Any] | None) -> bytes:
+        if usage is None:
+            frame = self._texts.get(index)
+            if frame is None:
+                frame = self._texts[index] = self._chunks.with_text(
+                    index, '"delta":{"content":', "}"
+                )
+            return frame.render(text)
         return self._chunks.render(index, f'"delta":{{"content":{sse.quote(text)}}}', usage=usage)
 
     def finish(self, index: int, reason: str) -> bytes:

@@ -17,11 +17,17 @@ class CompletionFrames:
             "model": model,
         }
         self._chunks = sse.Chunks(self._base, usage_in_all=include_usage)
+        self._texts: dict[int, sse.TextFrame] = {}
 
     def opening(self, index: int) -> bytes:  # noqa: ARG002 (plain text has no opening)
         return b""
 
     def delta(self, index: int, text: str, usage: Mapping[str, Any] | None) -> bytes:
+        if usage is None:
+            frame = self._texts.get(index)
+            if frame is None:
+                frame = self._texts[index] = self._chunks.with_text(index, '"text":', "")
+            return frame.render(text)
         return self._chunks.render(index, f'"text":{sse.quote(text)}', usage=usage)
 
     def finish(self, index: int, reason: str) -> bytes:

@@ -34,20 +34,18 @@ class DirectClient:
         if gone is not None and self._is_lost:
             asyncio.get_running_loop().call_soon(gone)
 
-    def write(self, body: bytes) -> bool:
-        """Write a piece of a chunked body; its head must be out.
+    @property
+    def behind(self) -> bool:
+        """The client does not keep up: pieces belong into `send`, which waits for it."""
+        return self._flow.write_paused
 
-        Returns:
-            False where the client is behind: the piece was not taken, and `send` waits for the client.
-        """
-        if self._flow.write_paused:
-            return False
+    def write(self, body: bytes) -> None:
+        """Write a piece of a chunked body; its head must be out."""
         if self._pieces:
-            self._outbox.more()
+            self._outbox.added += 1
         else:
             self._outbox.add(self.flush)
         self._pieces.append(body)
-        return True
 
     def flush(self) -> None:
         """Write what was taken; before any `send`."""

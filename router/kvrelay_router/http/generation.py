@@ -8,9 +8,8 @@ service's events.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from kvrelay_protocol.errors import ClientGone, InternalError, KvrelayError
@@ -59,16 +58,21 @@ class Notice:
 
 
 Output = Delta | End | Notice
-Sink = Callable[[Output], bool]
-"""Takes an output, or returns False."""
+Sink = Callable[[int, str], bool]
+"""Takes an answer's index and its new text, or returns False."""
 
 
 class Choice:
-    """One answer: events in, outputs out."""
+    """One answer: tokens and events in, text and other outputs out."""
 
-    def __init__(self, plan: ChoicePlan, stream: RequestStream) -> None:
+    def __init__(
+        self, plan: ChoicePlan, stream: RequestStream, show: Callable[[int, str], None]
+    ) -> None:
         self.plan = plan
         self.stream = stream
+        self._index = plan.index
+        self._text = plan.text
+        self._show = show
         self.path: Path | None = None
         self.cached_tokens = 0
         self.stats: RequestStats | None = None
@@ -79,23 +83,30 @@ class Choice:
     def over(self) -> bool:
         return self.reason is not None or self.error is not None
 
-    def tokens(self, ids: tuple[int, ...]) -> str:
-        """Take new tokens; returns the text to show."""
-        text = self.plan.text
-        if text.stopped():
-            return ""
-        new = text.push(ids)
-        if text.stopped():
-            # Not from within the service's own call: it is in the middle of its work.
-            asyncio.get_running_loop().call_soon(self.stream.stop_early)
-        return new
+    def take(self, ids: tuple[int, ...]) -> None:
+        """Take new tokens: the path of every token. What the service calls must not raise."""
+        try:
+            new = self._text.push(ids)
+            if new:
+                self._show(self._index, new)
+            if self._text.may_stop and self._text.stopped():
+                # Not from within the service's own call: it is in the middle of its work.
+                asyncio.get_running_loop().call_soon(self.stream.stop_early)
+        except Exception as error:
+            self.break_off(error)
+
+    def break_off(self, defect: Exception) -> None:
+        """A defect of ours ends the answer."""
+        log_defect(defect, self.plan.request.request_id)
+        self.error = self.error or InternalError("internal error while generating")
+        asyncio.get_running_loop().call_soon(self.stream.cancel, "internal error")
 
     def handle(self, event: RequestEvent) -> list[Output]:
         """Take one event of the service."""
         match event:
             case Tokens(ids):
-                text = self.tokens(ids)
-                return [Delta(self.plan.index, text)] if text else []
+                self.take(ids)
+                return []
             case Finished(reason, stats):
                 return self._end(reason, stats)
             case Failed(error):
@@ -178,10 +189,10 @@ class Generation:
             if self.choices:
                 # Further answers are children of the first one's span: one trace, one root.
                 request = replace(request, traceparent=self.choices[0].stream.traceparent)
-            self.choices.append(Choice(plan, self._service.submit(request)))
+            self.choices.append(Choice(plan, self._service.submit(request), self._show))
         self._outputs += [Delta(c.plan.index, c.plan.echo) for c in self.choices if c.plan.echo]
         for choice in self.choices:
-            choice.stream.divert(partial(self._tokens, choice))
+            choice.stream.divert(choice.take)
         self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
 
     @property
@@ -266,13 +277,14 @@ class Generation:
     async def _pump(self, choice: Choice) -> None:
         try:
             async for event in choice.stream:
-                self._emit(choice.handle(event))
+                for output in choice.handle(event):
+                    self._pile_up(output)
                 if choice.over:
                     break
             else:
                 choice.error = InternalError("the request ended without a result")
         except Exception as error:
-            choice.error = self._defect(error)
+            choice.break_off(error)
         if choice.error is None:
             self._running -= 1
         self._error = self._error or choice.error
@@ -280,28 +292,14 @@ class Generation:
             self.gone = True
         self._wake.set()
 
-    def _defect(self, error: Exception) -> InternalError:
-        log_defect(error, self.plan.id)
-        return InternalError("internal error while generating")
-
-    def _tokens(self, choice: Choice, ids: tuple[int, ...]) -> None:
-        """The path of every token: what the service calls must not raise."""
-        try:
-            text = choice.tokens(ids)
-            if text:
-                self._emit((Delta(choice.plan.index, text),))
-        except Exception as error:
-            choice.error = choice.error or self._defect(error)
-            asyncio.get_running_loop().call_soon(choice.stream.cancel, "internal error")
-
-    def _emit(self, outputs: Sequence[Output]) -> None:
-        for output in outputs:
-            if isinstance(output, Notice) and not self._notices:
-                continue
-            if self._outputs or self.sink is None or not self.sink(output):
-                self._pile_up(output)
+    def _show(self, index: int, text: str) -> None:
+        # What waits already goes first.
+        if self._outputs or self.sink is None or not self.sink(index, text):
+            self._pile_up(Delta(index, text))
 
     def _pile_up(self, output: Output) -> None:
+        if isinstance(output, Notice) and not self._notices:
+            return
         last = self._outputs[-1] if self._outputs else None
         if isinstance(output, Delta) and isinstance(last, Delta) and last.index == output.index:
             last.text += output.text

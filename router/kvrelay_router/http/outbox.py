@@ -24,7 +24,8 @@ class Outbox:
 
     def __init__(self) -> None:
         self._flushes: list[Callable[[], None]] = []
-        self._added = 0
+        self.added = 0
+        """Counts what those who wait already got on top."""
         self._seen = 0
         self._quiet_turns = 0
         self._rounds = 0
@@ -32,13 +33,9 @@ class Outbox:
     def add(self, flush: Callable[[], None]) -> None:
         """Call `flush` once, soon."""
         if not self._flushes:
-            self._quiet_turns = self._rounds = self._seen = self._added = 0
+            self._quiet_turns = self._rounds = self._seen = self.added = 0
             asyncio.get_running_loop().call_soon(self._turn)
         self._flushes.append(flush)
-
-    def more(self) -> None:
-        """One who waits already has got more."""
-        self._added += 1
 
     def _turn(self) -> None:
         if self._hold():
@@ -51,8 +48,8 @@ class Outbox:
     def _hold(self) -> bool:
         if len(self._flushes) < _CROWD or self._rounds >= _MAX_ROUNDS:
             return False
-        if self._added != self._seen:
-            self._seen = self._added
+        if self.added != self._seen:
+            self._seen = self.added
             self._rounds += 1
             self._quiet_turns = 0
             return True

@@ -46,7 +46,6 @@ class Chunks:
         """Args: with `usage_in_all` every chunk has the key, null until the last."""
         self._start = f"data: {dump(base)[:-1]},"
         self._end = ',"usage":null}\n\n' if usage_in_all else "}\n\n"
-        self._ordinary_end = f',"logprobs":null,"finish_reason":null}}]{self._end}'
 
     def render(
         self,
@@ -64,13 +63,32 @@ class Chunks:
             reason: why the answer ended, where it did.
             usage: instead of null.
         """
-        if reason is None and usage is None:
-            end = self._ordinary_end
-        else:
-            last = self._end if usage is None else f',"usage":{dump(usage)}}}\n\n'
-            end = f',"logprobs":null,"finish_reason":{dump(reason)}}}]{last}'
-        return f'{self._start}"choices":[{{"index":{index},{content}{end}'.encode("ascii")
+        end = self._end if usage is None else f',"usage":{dump(usage)}}}\n\n'
+        chunk = (
+            f'{self._choice(index)}{content},"logprobs":null,"finish_reason":{dump(reason)}}}]{end}'
+        )
+        return chunk.encode("ascii")
+
+    def with_text(self, index: int, before: str, after: str) -> "TextFrame":
+        """The chunk of an ordinary delta: what stands around the text in a choice is the endpoint's."""
+        end = f'{after},"logprobs":null,"finish_reason":null}}]{self._end}'
+        return TextFrame(self._choice(index) + before, end)
+
+    def _choice(self, index: int) -> str:
+        return f'{self._start}"choices":[{{"index":{index},'
 
     def without_choices(self, usage: Mapping[str, Any]) -> bytes:
         """The chunk that only counts."""
         return f'{self._start}"choices":[],"usage":{dump(usage)}}}\n\n'.encode("ascii")
+
+
+class TextFrame:
+    """A chunk rendered once, into which only the text of each delta is spliced."""
+
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, before: str, after: str) -> None:
+        self._before, self._after = before, after
+
+    def render(self, text: str) -> bytes:
+        return (self._before + quote(text) + self._after).encode("ascii")

@@ -114,6 +114,7 @@ class State(StrEnum):
 
 _TERMINAL = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})
 _UNPLACED = frozenset({State.RECEIVED, State.QUEUED, State.PARKED})
+_DECODING = State.DECODING  # looking a member up costs as much as a call
 _PROGRESS = (State.PLACED, State.PREFILLING, State.TRANSFERRING, State.DECODING)
 
 
@@ -167,6 +168,7 @@ class RequestMachine:
         self.request = request
         self.state = State.RECEIVED
         self.emitted: list[int] = []
+        self._max_tokens = request.max_tokens
         self._received_at = received_at
         self._deadline_at = received_at + request.deadline_s
         self._max_replays = max_replays
@@ -202,17 +204,17 @@ class RequestMachine:
         due = len(emitted)
         if (
             run is None
-            or self.state is not State.DECODING
+            or self.state is not _DECODING
             or first_index != due
             or sequence_id != run.sequence_id
+            or worker != run.path.decode_worker
             or not run.live
             or due <= run.offset
-            or due + len(tokens) >= self.request.max_tokens
+            or due + len(tokens) >= self._max_tokens
             or not tokens
-            or worker not in (run.path.decode_worker, run.path.prefill_worker)
         ):
             return False
-        emitted.extend(tokens)
+        emitted += tokens
         return True
 
     def handle(self, event: Event) -> list[Action]:

@@ -217,7 +217,8 @@ class RouterService:
 
     def _step(self, now: float, worker: str, step: pb.StepOutput) -> None:
         """The tokens of one engine step, all sequences. Most of them need nothing but to be passed on."""
-        by_sequence, gaps = self._by_sequence, self._metrics.inter_token_latency
+        by_sequence = self._by_sequence
+        gaps: dict[float, int] = {}  # sequences of a batch have the same
         passed_on = 0
         for run in step.runs:
             sequence_id = run.sequence_id
@@ -235,9 +236,12 @@ class RouterService:
                 self._feed(flight, tokens_event(now, worker, run))
                 continue
             flight.stream.put_tokens(tokens)
-            gaps.observe((now - last) / len(tokens))
+            gap = (now - last) / len(tokens)
+            gaps[gap] = gaps.get(gap, 0) + 1
             flight.last_token_at = now
             passed_on += len(tokens)
+        for gap, count in gaps.items():
+            self._metrics.inter_token_latency.observe(gap, count)
         self._metrics.generation_tokens.inc(self._generated + passed_on)
         self._generated = 0
 

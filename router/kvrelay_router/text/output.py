@@ -18,7 +18,8 @@ class OutputText:
         """Args: ids in `hidden` (what ends a sequence) count as tokens but show no text."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
-        self._one_by_one = bool(stops)
+        self.may_stop = bool(stops)
+        """There is a stop string to be met."""
         self._hidden = frozenset(hidden)
         self.tokens = 0
         """Tokens taken in, the one that completed a stop string being the last."""
@@ -29,7 +30,7 @@ class OutputText:
 
     def push(self, ids: Sequence[int]) -> str:
         """New text to show."""
-        if not self._one_by_one:
+        if not self.may_stop:
             self.tokens += len(ids)
             if not self._hidden.isdisjoint(ids):
                 ids = [i for i in ids if i not in self._hidden]
