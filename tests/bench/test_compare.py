@@ -17,12 +17,13 @@ from kvrelay_bench.compare.agreement import compare_answers
 from kvrelay_bench.compare.engines import Setting, memory_needed, our_spec, wanted_engines
 from kvrelay_bench.compare.peers import MARKER, RECIPES, PeerUnavailable, ensure_peer
 from kvrelay_bench.compare.points import Point, draw_prompts, parse_points
-from kvrelay_bench.compare.processes import EngineProcess, EngineSpec
+from kvrelay_bench.compare.processes import EngineProcess, EngineSpec, Start
 from kvrelay_bench.compare.result import Measurement, compare_table, make_rows, verdicts
 from kvrelay_bench.compare.schedule import contenders, fit, interleave
 from kvrelay_bench.compare.work import work_of
 from kvrelay_bench.machine import Limits
 from kvrelay_bench.models import MODELS, bench_model
+from kvrelay_bench.startup import run as startup_run
 from kvrelay_protocol.errors import WorkerStartFailed
 
 A, B = Point(1, 32, 64), Point(4, 1024, 8)
@@ -485,7 +486,9 @@ def values_for(model, out, **other):
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """No probe of a machine that other tests keep busy; logs below the test's folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Not XDG_CACHE_HOME: the compiled kernels are kept there as well.
+    monkeypatch.setattr(run, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(startup_run, "cache_dir", lambda: tmp_path / "cache")
     limits = Limits(1, 1e9, {"float32": 1e10, "int8": 1e10})
     monkeypatch.setattr(run, "probe_limits", lambda _threads: limits)
     return tmp_path / "result.json"
@@ -569,10 +572,7 @@ def test_prompts_beyond_the_model_are_one_line(model, capsys):
 
 
 def test_start_up_is_told_phase_by_phase(model, quick, capsys):
-    from kvrelay_bench.startup.run import run_startup
-
-    values = values_for(model, quick, rounds=1)
-    assert run_startup(values) == 0
+    assert startup_run.run_startup(values_for(model, quick, rounds=1)) == 0
     found = json.loads(quick.read_text())
     (row,) = found["rows"]
     assert row["first_token_s"]["count"] == 1
@@ -585,10 +585,7 @@ def test_start_up_is_told_phase_by_phase(model, quick, capsys):
 
 
 def test_an_engine_that_tells_no_phases_has_one_called_load():
-    from kvrelay_bench.compare.processes import Start
-    from kvrelay_bench.startup.run import phases
-
     start = Start(0.1, 1.0, 5.0, {}, {})
-    assert phases(start, 7.0) == {
+    assert startup_run.phases(start, 7.0) == {
         "python": 0.1, "import": 0.9, "load": 4.0, "first token": 2.0
     }  # fmt: skip
