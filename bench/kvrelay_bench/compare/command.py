@@ -46,6 +46,6 @@ COMMAND = Command(
         OUT,
     ),
     _run,
-    epilog="Peers are installed on first use, which takes minutes. Results so far are\n"
-    "written after every round, and when the command is interrupted.",
+    epilog="Peers are installed on first use, which takes minutes; TORCH_INDEX_URL and TORCH_SPEC\n"
+    "choose their torch. Results so far are written after every round, and on Ctrl-C.",
 )  # fmt: skip
