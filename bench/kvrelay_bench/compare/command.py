@@ -46,6 +46,6 @@ COMMAND = Command(
         OUT,
     ),
     _run,
-    epilog="Peers are installed on first use, which takes minutes; TORCH_INDEX_URL and TORCH_SPEC\n"
-    "choose their torch. Results so far are written after every round, and on Ctrl-C.",
+    epilog="Peers are installed on first use, which takes minutes; TORCH_INDEX_URL and\n"
+    "TORCH_SPEC choose their torch. Results so far are written after every\nround, and on Ctrl-C.",
 )  # fmt: skip
