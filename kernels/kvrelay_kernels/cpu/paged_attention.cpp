@@ -13,7 +13,6 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <type_traits>
 
 #include "exp.hpp"
 #include "ops.hpp"
@@ -75,34 +74,42 @@ void merge(Row& row, float* out, const Row& chunk, const float* chunk_out, int64
   float top = row.top > chunk.top ? row.top : chunk.top;
   // All scores -infinity: any finite base leaves them without weight.
   float base = top == -kInfinity ? 0.0f : top;
-  f32x16 before = exp2(splat(row.top - base)), added = exp2(splat(chunk.top - base));
+  native_f32 before = exp2(broadcast(row.top - base)), added = exp2(broadcast(chunk.top - base));
   row.top = top;
-  row.sum = fma(splat(chunk.sum), added, splat(row.sum) * before)[0];
-  for (int64_t d = 0; d < head_dim; d += kLanes)
-    store_f32(out + d, fma(load_f32(chunk_out + d), added, load_f32(out + d) * before));
+  row.sum = multiply_add(broadcast(chunk.sum), added, broadcast(row.sum) * before)[0];
+  for (int64_t d = 0; d < head_dim; d += kNative)
+    store(out + d, multiply_add(load_native(chunk_out + d), added, load_native(out + d) * before));
 }
 
 void finish(const Row& row, const float* merged, int64_t head_dim, float* out) {
-  for (int64_t d = 0; d < head_dim; d += kLanes) store_f32(out + d, load_f32(merged + d) / row.sum);
+  for (int64_t d = 0; d < head_dim; d += kNative) store(out + d, load_native(merged + d) / row.sum);
 }
 
 // Scores become weights, in place. `cap` is in units of the scores, which are logarithms to base 2; 0: none.
 Row softmax(float* scores, Range keys, float cap) {
   int64_t begin = keys.begin / kLanes * kLanes, end = (keys.end + kLanes - 1) / kLanes * kLanes;
   if (cap != 0)
-    for (int64_t k = begin; k < end; k += kLanes) store_f32(scores + k, tanh(load_f32(scores + k)) * cap);
+    for (int64_t k = begin; k < end; k += kNative) store(scores + k, tanh(load_native(scores + k)) * cap);
   for (int64_t k = begin; k < keys.begin; ++k) scores[k] = -kInfinity;
   for (int64_t k = keys.end; k < end; ++k) scores[k] = -kInfinity;
-  f32x16 most = splat(-kInfinity);
-  for (int64_t k = begin; k < end; k += kLanes) most = max(load_f32(scores + k), most);
-  float top = maximum(most);
-  f32x16 base = splat(top == -kInfinity ? 0.0f : top), total{};
-  for (int64_t k = begin; k < end; k += kLanes) {
-    f32x16 weight = exp2(load_f32(scores + k) - base);
-    store_f32(scores + k, weight);
-    total = total + weight;
-  }
-  return {top, sum(total)};
+  native_f32 most[kParts], total[kParts] = {};
+  std::fill_n(most, kParts, broadcast(-kInfinity));
+  for (int64_t k = begin; k < end; k += kLanes)
+#pragma GCC unroll 4
+    for (int n = 0; n < kParts; ++n) {
+      native_f32 score = load_native(scores + k + n * kNative);
+      most[n] = score > most[n] ? score : most[n];
+    }
+  float top = maximum(load<f32x16>(most));
+  native_f32 base = broadcast(top == -kInfinity ? 0.0f : top);
+  for (int64_t k = begin; k < end; k += kLanes)
+#pragma GCC unroll 4
+    for (int n = 0; n < kParts; ++n) {
+      native_f32 weight = exp2(load_native(scores + k + n * kNative) - base);
+      store(scores + k + n * kNative, weight);
+      total[n] = total[n] + weight;
+    }
+  return {top, sum(load<f32x16>(total))};
 }
 
 // Rows [begin(i), begin(i + 1)) for i < count: blocks of at most `most` rows, as even as possible.
@@ -112,180 +119,197 @@ struct Blocks {
   int64_t begin(int64_t block) const { return block * rows / count; }
 };
 
-// Where the rows of one item and head are kept while their chunks are computed.
+// What a task keeps of its rows, head by head, and of the keys and values that they share.
 struct Memory {
   float *queries, *scores, *panels, *values, *merged, *chunk_out;
   Row *merged_rows, *chunk_rows;
+  Range* keys;
 
-  Memory(Buffer& buffer, int64_t rows, int64_t head_dim) {
-    int64_t per_row = 3 * head_dim + kScoreStride + 4, shared = (kPanelsAtOnce * kLanes + kChunk) * head_dim;
-    float* at = buffer.floats(rows * per_row + shared);
+  Memory(Buffer& buffer, int64_t heads, int64_t rows, int64_t head_dim) {
+    constexpr int64_t kRow = sizeof(Row) / sizeof(float), kRange = sizeof(Range) / sizeof(float);
+    int64_t all = heads * rows;
+    int64_t shared = (kPanelsAtOnce * kLanes + kChunk) * head_dim + kRange * rows;
+    float* at = buffer.floats(all * (3 * head_dim + kScoreStride + 2 * kRow) + shared);
     auto take = [&](int64_t count) { return at += count, at - count; };
-    queries = take(rows * head_dim);
-    scores = take(rows * kScoreStride);
+    queries = take(all * head_dim);
+    scores = take(all * kScoreStride);
     panels = take(kPanelsAtOnce * kLanes * head_dim);
     values = take(kChunk * head_dim);
-    merged = take(rows * head_dim);
-    chunk_out = take(rows * head_dim);
-    merged_rows = reinterpret_cast<Row*>(take(2 * rows));
-    chunk_rows = reinterpret_cast<Row*>(take(2 * rows));
+    merged = take(all * head_dim);
+    chunk_out = take(all * head_dim);
+    keys = reinterpret_cast<Range*>(take(kRange * rows));
+    merged_rows = reinterpret_cast<Row*>(take(kRow * all));
+    chunk_rows = reinterpret_cast<Row*>(take(kRow * all));
   }
 };
 
+// Where the outputs of a chunk go: out + head * head_stride + row * row_stride.
+struct ChunkOut {
+  float* out;
+  int64_t head_stride, row_stride;
+};
+
+// The computation of one task.
 template <class T>
-class Head {
+class Worker {
  public:
-  Head(const paged_attention_args& args, const Item& item, int64_t head, Buffer& buffer)
+  Worker(const paged_attention_args& args, const Item& item, Range heads, Buffer& buffer)
       : args_(args),
         item_(item),
-        head_(head),
+        first_head_(heads.begin),
+        heads_(heads.end - heads.begin),
         group_(args.heads / args.kv_heads),
         rows_(item.tokens * group_),
         dim_(args.head_dim),
         score_blocks_(rows_, kScoreRows),
-        memory_(buffer, rows_, dim_),
-        keys_(static_cast<const T*>(args.key_cache) + head * dim_),
-        values_(static_cast<const T*>(args.value_cache) + head * dim_) {
-    pack_queries();
+        memory_(buffer, heads_, rows_, dim_),
+        keys_(static_cast<const char*>(args.key_cache) + first_head_ * dim_ * sizeof(T)),
+        values_(static_cast<const char*>(args.value_cache) + first_head_ * dim_ * sizeof(T)) {
+    for (int64_t head = 0; head < heads_; ++head) pack_queries(head);
   }
 
   // Compute chunks one after the other and write the rows of `out`.
   void run(Range chunks) {
-    for (int64_t r = 0; r < rows_; ++r) memory_.merged_rows[r] = {-kInfinity, 0.0f};
-    std::fill_n(memory_.merged, rows_ * dim_, 0.0f);
+    int64_t all = heads_ * rows_;
+    std::fill_n(memory_.merged_rows, all, Row{-kInfinity, 0.0f});
+    std::fill_n(memory_.merged, all * dim_, 0.0f);
     for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      compute(chunk, memory_.chunk_rows, memory_.chunk_out, dim_);
-      for (int64_t r = 0; r < rows_; ++r)
-        if (!visible(r, chunk).empty())
-          merge(memory_.merged_rows[r], memory_.merged + r * dim_, memory_.chunk_rows[r],
-                memory_.chunk_out + r * dim_, dim_);
+      compute(chunk, memory_.chunk_rows, {memory_.chunk_out, rows_ * dim_, dim_});
+      for (int64_t i = 0, r = 0; i < all; ++i, r = r + 1 < rows_ ? r + 1 : 0)
+        if (!memory_.keys[r].empty())
+          merge(memory_.merged_rows[i], memory_.merged + i * dim_, memory_.chunk_rows[i],
+                memory_.chunk_out + i * dim_, dim_);
     }
-    for (int64_t r = 0; r < rows_; ++r)
-      finish(memory_.merged_rows[r], memory_.merged + r * dim_, dim_, out(r));
+    for (int64_t head = 0, i = 0; head < heads_; ++head)
+      for (int64_t token = 0; token < item_.tokens; ++token) {
+        float* out = args_.out + ((item_.row + token) * args_.heads + (first_head_ + head) * group_) * dim_;
+        for (int64_t g = 0; g < group_; ++g, ++i)
+          finish(memory_.merged_rows[i], memory_.merged + i * dim_, dim_, out + g * dim_);
+      }
   }
 
-  // Compute one chunk into `rows` and `chunk_out`; rows that see nothing of it are left as they are.
-  void compute(int64_t chunk, Row* rows, float* chunk_out, int64_t out_stride) {
-    Range seen{visible(0, chunk).begin, visible(rows_ - 1, chunk).end};
+  // Compute one chunk; the rows that see nothing of it are left as they are.
+  void compute(int64_t chunk, Row* rows, const ChunkOut& to) {
+    for (int64_t token = 0, r = 0; token < item_.tokens; ++token)
+      for (int64_t g = 0; g < group_; ++g) memory_.keys[r++] = item_.visible(token, chunk);
+    Range seen{memory_.keys[0].begin, memory_.keys[rows_ - 1].end};
     locate(chunk, seen);
-    compute_scores(chunk, seen);
+    int64_t first = seen.begin / kLanes * kLanes;
+    // The panels of a step stay in the first-level cache while all rows use them. All heads of a key lie side
+    // by side in memory and are read together.
+    int64_t step = dim_ <= 64 || rows_ <= kScoreRows ? kStepKeys : kStepKeys / 2;
+    for (int64_t k = first; k < seen.end; k += step)
+      for (int64_t head = 0; head < heads_; ++head) {
+        Rows ahead = k + step < seen.end ? keys(head, k + step) : values(head, first);
+        compute_scores(head, {k, std::min(k + step, seen.end)}, ahead);
+      }
     // Scores are logarithms to base 2, except that a cap comes first.
     float cap = float(args_.soft_cap * kLog2E);
-    for (int64_t r = 0; r < rows_; ++r)
-      if (Range keys = visible(r, chunk); !keys.empty()) rows[r] = softmax(scores(r), keys, cap);
-    if (std::is_same<T, float>::value || rows_ <= kValueRows)
-      return compute_values(chunk, values_, offsets_, chunk_out, out_stride);
-    for (int64_t k = seen.begin; k < seen.end; ++k)
-      for (int64_t d = 0; d < dim_; d += kLanes)
-        store_f32(memory_.values + k * dim_ + d, load_f32(values_ + offsets_[k] + d));
-    int64_t packed[kChunk];
-    for (int64_t k = 0; k < kChunk; ++k) packed[k] = k * dim_;
-    compute_values(chunk, memory_.values, packed, chunk_out, out_stride);
+    for (int64_t head = 0, i = 0; head < heads_; ++head)
+      for (int64_t r = 0; r < rows_; ++r, ++i) {
+        std::fill_n(to.out + head * to.head_stride + r * to.row_stride, dim_, 0.0f);
+        if (!memory_.keys[r].empty()) rows[i] = softmax(scores(head, r), memory_.keys[r], cap);
+      }
+    step = rows_ <= kBandwidthRows ? kStepKeys : kChunk;
+    for (int64_t k = first; k < seen.end; k += step)
+      for (int64_t head = 0; head < heads_; ++head) {
+        Rows ahead = k + step < seen.end ? values(head, 0) : keys(head, 0);
+        compute_values(head, {std::max(k, seen.begin), std::min(k + step, seen.end)}, ahead, to);
+      }
   }
-
-  float* out(int64_t row) const {
-    return args_.out + ((item_.row + row / group_) * args_.heads + head_ * group_ + row % group_) * dim_;
-  }
-
-  Range visible(int64_t row, int64_t chunk) const { return item_.visible(row / group_, chunk); }
 
  private:
-  float* scores(int64_t row) const { return memory_.scores + row * kScoreStride; }
+  float* scores(int64_t head, int64_t row) const { return memory_.scores + (head * rows_ + row) * kScoreStride; }
+  float* queries(int64_t head, int64_t row) const { return memory_.queries + (head * rows_ + row) * dim_; }
+  Rows keys(int64_t head, int64_t first) const { return {keys_ + head * dim_ * sizeof(T), offsets_ + first}; }
+  Rows values(int64_t head, int64_t first) const { return {values_ + head * dim_ * sizeof(T), offsets_ + first}; }
 
-  void pack_queries() {
+  void pack_queries(int64_t head) {
     float factor = float(args_.soft_cap != 0 ? args_.scale / args_.soft_cap : args_.scale * M_LOG2E);
     for (int64_t b = 0; b < score_blocks_.count; ++b) {
       int64_t first = score_blocks_.begin(b), count = score_blocks_.begin(b + 1) - first;
-      float* packed = memory_.queries + first * dim_;
+      float* packed = queries(head, first);
       for (int64_t r = 0; r < count; ++r) {
         int64_t row = first + r;
         const float* query = args_.query + (item_.row + row / group_) * args_.query_stride +
-                             (head_ * group_ + row % group_) * args_.query_head_stride;
+                             ((first_head_ + head) * group_ + row % group_) * args_.query_head_stride;
         for (int64_t d = 0; d < dim_; ++d) packed[d * count + r] = query[d] * factor;
       }
     }
   }
 
-  // Where the keys of a chunk lie, as offsets from the head's first. Whole panels are read: beside the
-  // keys that a row sees stands the nearest of them, never one of another sequence.
+  // Where the keys of a chunk lie, and those of a step after it. Whole panels are read: beside the keys that
+  // a row sees stands the nearest of them, never one of another sequence.
   void locate(int64_t chunk, Range seen) {
     const int32_t* table = args_.layout->block_tables + item_.sequence * args_.layout->table_stride;
-    int64_t size = args_.block_size, stride = args_.kv_heads * dim_;
-    int64_t position = chunk * kChunk + seen.begin, block = position / size, within = position % size;
-    for (int64_t k = seen.begin; k < seen.end; ++block, within = 0)
-      for (int64_t first = table[block] * size; within < size && k < seen.end; ++within, ++k)
+    int64_t size = args_.block_size, start = chunk * kChunk, stride = args_.kv_heads * dim_ * sizeof(T);
+    int64_t end = std::min(seen.end + kStepKeys, item_.position + item_.tokens - start);
+    int64_t block = (start + seen.begin) / size, within = (start + seen.begin) % size;
+    for (int64_t k = seen.begin; k < end; ++block, within = 0)
+      for (int64_t first = table[block] * size; within < size && k < end; ++within, ++k)
         offsets_[k] = (first + within) * stride;
     for (int64_t k = seen.begin / kLanes * kLanes; k < seen.begin; ++k) offsets_[k] = offsets_[seen.begin];
     for (int64_t k = seen.end; k % kLanes; ++k) offsets_[k] = offsets_[seen.end - 1];
+    for (int64_t k = std::max(seen.end, end); k < seen.end + kStepKeys + kLanes; ++k) offsets_[k] = offsets_[end - 1];
   }
 
-  void compute_scores(int64_t chunk, Range seen) {
-    // The panels of a step stay in the first-level cache while all rows use them.
-    int64_t step = dim_ <= 64 || rows_ <= kScoreRows ? kPanelsAtOnce : 2;
-    Range panels{seen.begin / kLanes, (seen.end + kLanes - 1) / kLanes};
-    for (int64_t first = panels.begin; first < panels.end; first += step) {
-      int64_t last = std::min(first + step, panels.end);
-      for (int64_t p = first; p < last; ++p) {
-        if (rows_ <= kBandwidthRows) prefetch(p, step, panels.end);
-        pack_panel(keys_, offsets_ + p * kLanes, dim_, memory_.panels + (p - first) * kLanes * dim_);
-      }
-      for (int64_t b = 0; b < score_blocks_.count; ++b) {
-        int64_t row = score_blocks_.begin(b), end = score_blocks_.begin(b + 1);
-        Range keys{visible(row, chunk).begin, visible(end - 1, chunk).end};
-        int64_t begin = std::max(first, keys.begin / kLanes);
-        int64_t count = std::min(last, (keys.end + kLanes - 1) / kLanes) - begin;
-        if (count > 0)
-          score_rows(int(end - row), memory_.queries + row * dim_, memory_.panels + (begin - first) * kLanes * dim_,
-                     count, dim_, scores(row) + begin * kLanes, kScoreStride);
-      }
+  // Scores of at most kPanelsAtOnce panels; `seen` begins with one.
+  void compute_scores(int64_t head, Range seen, const Rows& ahead) {
+    int64_t first = seen.begin / kLanes, last = (seen.end + kLanes - 1) / kLanes, panel = kLanes * dim_;
+    for (int64_t p = first; p < last; ++p)
+      pack_panel<T>(keys(head, 0), p * kLanes, dim_, memory_.panels + (p - first) * panel);
+    for (int64_t b = 0; b < score_blocks_.count; ++b) {
+      int64_t row = score_blocks_.begin(b), end = score_blocks_.begin(b + 1);
+      int64_t begin = std::max(first, memory_.keys[row].begin / kLanes);
+      int64_t count = std::min(last, (memory_.keys[end - 1].end + kLanes - 1) / kLanes) - begin;
+      if (count > 0)
+        score_rows(int(end - row), queries(head, row), memory_.panels + (begin - first) * panel, count, dim_,
+                   scores(head, row) + begin * kLanes, kScoreStride, ahead);
     }
   }
 
-  // Blocks are scattered: the hardware does not see the next one coming. The values of a panel's keys are
-  // needed soon after.
-  void prefetch(int64_t panel, int64_t ahead, int64_t end) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t k = panel * kLanes; k < (panel + 1) * kLanes; ++k) {
-      for (int64_t d = 0; d < dim_; d += kLine) __builtin_prefetch(values_ + offsets_[k] + d);
-      if (panel + ahead < end)
-        for (int64_t d = 0; d < dim_; d += kLine) __builtin_prefetch(keys_ + offsets_[k + ahead * kLanes] + d);
+  void compute_values(int64_t head, Range seen, const Rows& ahead, const ChunkOut& to) {
+    if (rows_ <= kValueRows) return weigh_all<T>(head, seen, values(head, 0), ahead, to);
+    // Widened and moved together once for all rows.
+    for (int64_t k = seen.begin; k < seen.end; ++k) {
+      packed_[k] = k * dim_ * sizeof(float);
+      const T* row = values(head, 0).template row<T>(k);
+      for (int64_t d = 0; d < dim_; d += kLanes) store_f32(memory_.values + k * dim_ + d, load_f32(row + d));
     }
+    weigh_all<float>(head, seen, {reinterpret_cast<const char*>(memory_.values), packed_}, ahead, to);
   }
 
   template <class V>
-  void compute_values(int64_t chunk, const V* values, const int64_t* offsets, float* out, int64_t stride) {
+  void weigh_all(int64_t head, Range seen, const Rows& values, const Rows& ahead, const ChunkOut& to) {
     Blocks blocks(rows_, kValueRows);
     for (int64_t b = 0; b < blocks.count; ++b) {
       int64_t first = blocks.begin(b), end = blocks.begin(b + 1);
-      for (int64_t r = first; r < end; ++r) std::fill_n(out + r * stride, dim_, 0.0f);
-      // Most keys are seen by all rows of the block; the others by one row at a time.
-      Range shared{visible(end - 1, chunk).begin, visible(first, chunk).end};
-      if (shared.empty()) shared = {kChunk, kChunk};
-      auto weigh = [&](int64_t row, int64_t count, Range keys) {
-        if (!keys.empty())
-          weigh_rows(int(count), dim_, scores(row), kScoreStride, values, offsets, keys.begin, keys.end,
-                     out + row * stride, stride);
+      auto weigh = [&](int64_t row, int64_t count, int64_t from, int64_t until) {
+        from = std::max(from, seen.begin);
+        until = std::min(until, seen.end);
+        if (from < until)
+          weigh_rows<V>(int(count), dim_, scores(head, row), kScoreStride, values, ahead, from, until,
+                        to.out + head * to.head_stride + row * to.row_stride, to.row_stride);
       };
-      for (int64_t r = first; r < end; ++r) {
-        Range keys = visible(r, chunk);
-        weigh(r, 1, {keys.begin, std::min(keys.end, shared.begin)});
-      }
-      weigh(first, end - first, shared);
-      for (int64_t r = first; r < end; ++r) {
-        Range keys = visible(r, chunk);
-        weigh(r, 1, {std::max(keys.begin, shared.end), keys.end});
-      }
+      // Most keys are seen by all rows of the block; the others by one row at a time.
+      Range shared{memory_.keys[end - 1].begin, memory_.keys[first].end};
+      if (shared.empty()) shared = {kChunk, kChunk};
+      for (int64_t r = first; r < end; ++r)
+        weigh(r, 1, memory_.keys[r].begin, std::min(memory_.keys[r].end, shared.begin));
+      weigh(first, end - first, shared.begin, shared.end);
+      for (int64_t r = first; r < end; ++r)
+        weigh(r, 1, std::max(memory_.keys[r].begin, shared.end), memory_.keys[r].end);
     }
   }
 
   const paged_attention_args& args_;
   const Item& item_;
-  const int64_t head_, group_, rows_, dim_;
+  const int64_t first_head_, heads_, group_, rows_, dim_;
   const Blocks score_blocks_;
   Memory memory_;
-  const T* keys_;
-  const T* values_;
-  int64_t offsets_[kChunk + kLanes];
+  const char* keys_;     // of the first head
+  const char* values_;
+  int64_t offsets_[kChunk + kStepKeys + kLanes], packed_[kChunk];
 };
 
 // Results of single chunks: a row's output, then its top and sum.
@@ -304,25 +328,21 @@ template <class T>
 void run_task(const paged_attention_args& args, const Plan& plan, const Task& task, const Partials& partials) {
   static thread_local Buffer buffer;
   const Item& item = plan.items[task.item];
-  int64_t rows = item.tokens * (args.heads / args.kv_heads);
-  for (int64_t index = task.heads.begin; index < task.heads.end; ++index) {
-    Head<T> head(args, item, index, buffer);
-    if (item.partial < 0) {
-      head.run(task.chunks);
-      continue;
-    }
-    static thread_local std::vector<Row> stats;
-    stats.resize(std::max<size_t>(stats.size(), rows));
-    for (int64_t chunk = task.chunks.begin; chunk < task.chunks.end; ++chunk) {
-      float* to = partials.row(item, rows, index, chunk);
-      head.compute(chunk, stats.data(), to, partials.stride());
-      for (int64_t r = 0; r < rows; ++r)
-        std::memcpy(to + r * partials.stride() + args.head_dim, &stats[r], sizeof(Row));
-    }
+  Worker<T> worker(args, item, task.heads, buffer);
+  if (item.partial < 0) return worker.run(task.chunks);
+  static thread_local std::vector<Row> stats;
+  int64_t heads = task.heads.end - task.heads.begin, rows = item.tokens * (args.heads / args.kv_heads);
+  stats.resize(std::max<size_t>(stats.size(), heads * rows));
+  int64_t head_stride = (item.chunks.end - item.chunks.begin) * rows * partials.stride();
+  for (int64_t chunk = task.chunks.begin; chunk < task.chunks.end; ++chunk) {
+    float* to = partials.row(item, rows, task.heads.begin, chunk);
+    worker.compute(chunk, stats.data(), {to, head_stride, partials.stride()});
+    for (int64_t i = 0; i < heads * rows; ++i)
+      std::memcpy(to + i / rows * head_stride + i % rows * partials.stride() + args.head_dim, &stats[i], sizeof(Row));
   }
 }
 
-// The same merges as in Head::run, over chunks that several tasks have computed.
+// The same merges as in Worker::run, over chunks that several tasks have computed.
 void merge_partials(const paged_attention_args& args, const Item& item, int64_t head, const Partials& partials) {
   static thread_local Buffer buffer;
   int64_t group = args.heads / args.kv_heads, rows = item.tokens * group;

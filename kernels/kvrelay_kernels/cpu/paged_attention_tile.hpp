@@ -5,22 +5,35 @@
 // neither.
 #pragma once
 
-#include "vector.hpp"
+#include "native.hpp"
 
 namespace kvr {
 
 #if defined(__AVX512F__)
 constexpr int kScoreRows = 12;    // query rows of a loop over scores: 24 accumulators of 32 registers
 constexpr int kValueRows = 6;     // query rows of a loop over values
-constexpr int kValueVectors = 4;  // and vectors of the head: 24 accumulators
+constexpr int kValueVectors = 4;  // and sixteens of the head: 24 accumulators
 constexpr int score_vectors(int rows) { return rows <= 6 ? 4 : 2; }
 #else
-constexpr int kScoreRows = 6;     // 12 of 16 half-width registers
+constexpr int kScoreRows = 6;     // 12 accumulators of 16 registers, or 24 of 32 on Arm
 constexpr int kValueRows = 6;
 constexpr int kValueVectors = 1;
 constexpr int score_vectors(int) { return 1; }
 #endif
 constexpr int kPanelsAtOnce = 4;  // the most vectors of a loop over scores
+constexpr int64_t kStepKeys = kPanelsAtOnce * kLanes;
+
+// Keys and values of a head: the row of key k lies offsets[k] bytes after `base`.
+struct Rows {
+  const char* base;
+  const int64_t* offsets;
+
+  template <class T>
+  const T* row(int64_t key) const {
+    return reinterpret_cast<const T*>(base + offsets[key]);
+  }
+  void prefetch(int64_t key, int64_t byte) const { __builtin_prefetch(base + offsets[key] + byte); }
+};
 
 // ---- keys, transposed: a panel holds sixteen keys as [head_dim][16] floats
 
@@ -55,11 +68,11 @@ static inline void transpose(__m512i (&row)[16]) {
 }
 
 template <class T>
-static inline void pack_panel(const T* base, const int64_t* offsets, int64_t head_dim, float* panel) {
+static inline void pack_panel(const Rows& keys, int64_t first, int64_t head_dim, float* panel) {
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     __m512i row[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) row[i] = (__m512i)load_f32(base + offsets[i] + d);
+    for (int i = 0; i < 16; ++i) row[i] = (__m512i)load_f32(keys.row<T>(first + i) + d);
     transpose(row);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) store(panel + (d + i) * kLanes, row[i]);
@@ -72,19 +85,20 @@ static inline void store_pair(float* to, __m512i both) {
   store(to + kLanes, _mm512_and_si512(both, _mm512_set1_epi32(int32_t(0xffff0000u))));
 }
 
-static inline void pack_panel(const bfloat16* base, const int64_t* offsets, int64_t head_dim, float* panel) {
+template <>
+inline void pack_panel<bfloat16>(const Rows& keys, int64_t first, int64_t head_dim, float* panel) {
   __m512i row[16];
   int64_t d = 0;
   for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) row[i] = load<__m512i>(base + offsets[i] + d);
+    for (int i = 0; i < 16; ++i) row[i] = load<__m512i>(keys.row<bfloat16>(first + i) + d);
     transpose(row);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) store_pair(panel + (d + 2 * i) * kLanes, row[i]);
   }
   if (d == head_dim) return;
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) row[i] = _mm512_zextsi256_si512(load<__m256i>(base + offsets[i] + d));
+  for (int i = 0; i < 16; ++i) row[i] = _mm512_zextsi256_si512(load<__m256i>(keys.row<bfloat16>(first + i) + d));
   transpose(row);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) store_pair(panel + (d + 2 * i) * kLanes, row[i]);
@@ -93,10 +107,10 @@ static inline void pack_panel(const bfloat16* base, const int64_t* offsets, int6
 typedef float f32x4 __attribute__((vector_size(16)));
 
 template <class T>
-static inline void pack_panel(const T* base, const int64_t* offsets, int64_t head_dim, float* panel) {
+static inline void pack_panel(const Rows& keys, int64_t first, int64_t head_dim, float* panel) {
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     alignas(64) float rows[kLanes][kLanes];
-    for (int i = 0; i < kLanes; ++i) store_f32(rows[i], load_f32(base + offsets[i] + d));
+    for (int i = 0; i < kLanes; ++i) store_f32(rows[i], load_f32(keys.row<T>(first + i) + d));
     for (int i = 0; i < kLanes; i += 4)
       for (int j = 0; j < kLanes; j += 4) {
         f32x4 a = load<f32x4>(&rows[i][j]), b = load<f32x4>(&rows[i + 1][j]);
@@ -114,90 +128,107 @@ static inline void pack_panel(const T* base, const int64_t* offsets, int64_t hea
 #endif
 
 // ---- scores of R rows and V panels: queries are packed [head_dim][R], scores lie `stride` apart
+//
+// Between two multiplications a loop asks for a little of what comes `ahead`, the next kStepKeys rows. All at
+// once they would wait for each other, and the multiplications for them.
 
 template <int R, int V>
-static inline void score(const float* queries, const float* panels, int64_t head_dim, float* scores, int64_t stride) {
-  f32x16 acc[R][V] = {};
+static inline void score(const float* queries, const float* panels, int64_t head_dim, float* scores, int64_t stride,
+                         const Rows& ahead) {
+  constexpr int N = V * kParts;
+  native_f32 acc[R][N] = {};
   for (int64_t d = 0; d < head_dim; ++d) {
-    f32x16 keys[V];
+    if constexpr (V == score_vectors(1)) {
+      ahead.prefetch(d % kStepKeys, d / kStepKeys * 128);
+      ahead.prefetch(d % kStepKeys, d / kStepKeys * 128 + 64);
+    }
+    native_f32 keys[N];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) keys[v] = load_f32(panels + (v * head_dim + d) * kLanes);
+    for (int n = 0; n < N; ++n)
+      keys[n] = load_native(panels + (n / kParts * head_dim + d) * kLanes + n % kParts * kNative);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      f32x16 query = splat(queries[d * R + r]);
+      native_f32 query = broadcast(queries[d * R + r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(query, keys[v], acc[r][v]);
+      for (int n = 0; n < N; ++n) acc[r][n] = multiply_add(query, keys[n], acc[r][n]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_f32(scores + r * stride + v * kLanes, acc[r][v]);
+    for (int n = 0; n < N; ++n) store(scores + r * stride + n * kNative, acc[r][n]);
 }
 
 template <int R = kScoreRows>
 static inline void score_rows(int rows, const float* queries, const float* panels, int64_t count, int64_t head_dim,
-                              float* scores, int64_t stride) {
+                              float* scores, int64_t stride, const Rows& ahead) {
   if constexpr (R > 1) {
-    if (rows < R) return score_rows<R - 1>(rows, queries, panels, count, head_dim, scores, stride);
+    if (rows < R) return score_rows<R - 1>(rows, queries, panels, count, head_dim, scores, stride, ahead);
   }
   constexpr int V = score_vectors(R);
   int64_t p = 0;
   for (; p + V <= count; p += V)
-    score<R, V>(queries, panels + p * head_dim * kLanes, head_dim, scores + p * kLanes, stride);
+    score<R, V>(queries, panels + p * head_dim * kLanes, head_dim, scores + p * kLanes, stride, ahead);
   if constexpr (V > 1) {
     for (; p < count; ++p)
-      score<R, 1>(queries, panels + p * head_dim * kLanes, head_dim, scores + p * kLanes, stride);
+      score<R, 1>(queries, panels + p * head_dim * kLanes, head_dim, scores + p * kLanes, stride, ahead);
   }
 }
 
 // ---- outputs of R rows: acc[r][d] += sum over keys of weights[r][key] * value[key][d], V vectors of d
 
 template <int R, int V, class T>
-static inline void weigh(const float* weights, int64_t stride, const T* base, const int64_t* offsets, int64_t begin,
-                         int64_t end, float* out, int64_t out_stride) {
-  f32x16 acc[R][V];
+static inline void weigh(const float* weights, int64_t stride, const Rows& values, const Rows& ahead, int64_t first,
+                         int64_t begin, int64_t end, float* out, int64_t out_stride) {
+  constexpr int N = V * kParts;
+  native_f32 acc[R][N];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = load_f32(out + r * out_stride + v * kLanes);
+    for (int n = 0; n < N; ++n) acc[r][n] = load_native(out + r * out_stride + n * kNative);
   for (int64_t key = begin; key < end; ++key) {
-    const T* row = base + offsets[key];
-    f32x16 value[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) value[v] = load_f32(row + v * kLanes);
+    for (int byte = 0; byte < V * kLanes * int(sizeof(T)); byte += 64)
+      ahead.prefetch(key + kStepKeys, first * int64_t(sizeof(T)) + byte);
+    const T* row = values.row<T>(key) + first;
+    native_f32 value[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) value[n] = load_native(row + n * kNative);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      f32x16 weight = splat(weights[r * stride + key]);
+      native_f32 weight = broadcast(weights[r * stride + key]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(weight, value[v], acc[r][v]);
+      for (int n = 0; n < N; ++n) acc[r][n] = multiply_add(weight, value[n], acc[r][n]);
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_f32(out + r * out_stride + v * kLanes, acc[r][v]);
+    for (int n = 0; n < N; ++n) store(out + r * out_stride + n * kNative, acc[r][n]);
 }
 
 template <class T, int R, int V = kValueVectors>
-static inline void weigh_vectors(int64_t vectors, const float* weights, int64_t stride, const T* base,
-                                 const int64_t* offsets, int64_t begin, int64_t end, float* out, int64_t out_stride) {
+static inline void weigh_vectors(int64_t vectors, const float* weights, int64_t stride, const Rows& values,
+                                 const Rows& ahead, int64_t first, int64_t begin, int64_t end, float* out,
+                                 int64_t out_stride) {
   if constexpr (V > 1) {
-    if (vectors < V) return weigh_vectors<T, R, V - 1>(vectors, weights, stride, base, offsets, begin, end, out, out_stride);
+    if (vectors < V)
+      return weigh_vectors<T, R, V - 1>(vectors, weights, stride, values, ahead, first, begin, end, out, out_stride);
   }
-  weigh<R, V>(weights, stride, base, offsets, begin, end, out, out_stride);
+  weigh<R, V, T>(weights, stride, values, ahead, first, begin, end, out, out_stride);
 }
 
 template <class T, int R = kValueRows>
-static inline void weigh_rows(int rows, int64_t head_dim, const float* weights, int64_t stride, const T* base,
-                              const int64_t* offsets, int64_t begin, int64_t end, float* out, int64_t out_stride) {
+static inline void weigh_rows(int rows, int64_t head_dim, const float* weights, int64_t stride, const Rows& values,
+                              const Rows& ahead, int64_t begin, int64_t end, float* out, int64_t out_stride) {
   if constexpr (R > 1) {
-    if (rows < R) return weigh_rows<T, R - 1>(rows, head_dim, weights, stride, base, offsets, begin, end, out, out_stride);
+    if (rows < R)
+      return weigh_rows<T, R - 1>(rows, head_dim, weights, stride, values, ahead, begin, end, out, out_stride);
   }
   int64_t vectors = head_dim / kLanes, parts = (vectors + kValueVectors - 1) / kValueVectors;
   for (int64_t part = 0; part < parts; ++part) {
-    int64_t first = part * vectors / parts, count = (part + 1) * vectors / parts - first;
-    weigh_vectors<T, R>(count, weights, stride, base + first * kLanes, offsets, begin, end, out + first * kLanes,
+    int64_t from = part * vectors / parts, count = (part + 1) * vectors / parts - from;
+    weigh_vectors<T, R>(count, weights, stride, values, ahead, from * kLanes, begin, end, out + from * kLanes,
                         out_stride);
   }
 }

@@ -1,7 +1,7 @@
 // Rows whose length is no multiple of the lanes: loads and stores of the first few lanes.
 #pragma once
 
-#include "vector.hpp"
+#include "native.hpp"
 
 namespace kvr {
 
@@ -21,21 +21,29 @@ static inline void store_first(T* to, f32x16 value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-// Sum of squares in an order that depends on the length alone: four chains, so that the additions of
-// one row overlap.
+// Sum of squares in an order that depends on the length alone: 64 chains, so that the additions of one
+// row overlap.
 static inline float sum_of_squares(const float* x, int64_t width) {
-  f32x16 chain[4] = {};
+  constexpr int kChains = 4 * kParts;
+  native_f32 chain[kChains] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= width; i += 4 * kLanes)
-    for (int c = 0; c < 4; ++c) {
-      f32x16 value = load_f32(x + i + c * kLanes);
-      chain[c] = fma(value, value, chain[c]);
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) {
+      native_f32 value = load_native(x + i + c * kNative);
+      chain[c] = multiply_add(value, value, chain[c]);
     }
-  for (int c = 0; i < width; i += kLanes, ++c) {
-    f32x16 value = load_first(x + i, width - i);
-    chain[c] = fma(value, value, chain[c]);
+  if (i < width) {
+    float rest[4 * kLanes] = {};
+    std::memcpy(rest, x + i, (width - i) * sizeof(float));
+    for (int c = 0; c < kChains; ++c) {
+      native_f32 value = load_native(rest + c * kNative);
+      chain[c] = multiply_add(value, value, chain[c]);
+    }
   }
-  return sum((chain[0] + chain[1]) + (chain[2] + chain[3]));
+  f32x16 sums[4];
+  std::memcpy(sums, chain, sizeof sums);
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // Rows a thread takes at a time, so that waking it pays: a few microseconds of work.

@@ -1,4 +1,6 @@
 // out = gate / (1 + e^-gate) * up.
+#include <algorithm>
+
 #include "exp.hpp"
 #include "ops.hpp"
 #include "partial.hpp"
@@ -17,10 +19,21 @@ struct silu_mul_args {
 
 namespace {
 
-inline f32x16 silu(f32x16 x) {
+inline native_f32 gated(native_f32 gate, native_f32 up) {
   // Below -88 the result is 0 to within 1e-36; NaN passes.
-  f32x16 negated = x < -88.0f ? splat(88.0f) : -x;
-  return x / (exp(negated) + 1.0f);
+  native_f32 negated = gate < -88.0f ? broadcast(88.0f) : -gate;
+  return gate / (exp(negated) + 1.0f) * up;
+}
+
+void silu_mul_row(const float* gate, const float* up, int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + kNative <= width; i += kNative) store(out + i, gated(load_native(gate + i), load_native(up + i)));
+  if (i == width) return;
+  float lanes[2][kNative] = {};
+  std::copy(gate + i, gate + width, lanes[0]);
+  std::copy(up + i, up + width, lanes[1]);
+  store(lanes[0], gated(load_native(lanes[0]), load_native(lanes[1])));
+  std::copy(lanes[0], lanes[0] + (width - i), out + i);
 }
 
 }  // namespace
@@ -32,12 +45,7 @@ KVR_OP(silu_mul) {
   parallel_for(args->rows.get(), rows_per_task(4 * width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* gate = args->gate_up + row * args->gate_up_stride;
-      const float* up = gate + width;
-      float* out = args->out + row * args->out_stride;
-      for (int64_t i = 0; i < width; i += kLanes) {
-        int64_t left = width - i;
-        store_first(out + i, silu(load_first(gate + i, left)) * load_first(up + i, left), left);
-      }
+      silu_mul_row(gate, gate + width, width, args->out + row * args->out_stride);
     }
   });
 }
