@@ -17,7 +17,7 @@ from prometheus_client.utils import floatToGoString
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_router.fleet.worker_link import WorkerLink
-from kvrelay_router.requests.types import FinishReason, Path, RequestStats
+from kvrelay_router.requests.types import FinishReason, Path, PathKind, RequestStats
 
 _LATENCY_S = (
     0.01,
@@ -136,9 +136,15 @@ class RouterMetrics:
             "expired_leases": counter("kv_expired_leases", "KV leases that expired unused."),
         }
         self._totals: dict[tuple[str, int], dict[str, int]] = {}
+        # The library's look-up by label costs more than the count; every request needs two of them.
+        self._ends = {reason: self.success.labels(reason.value) for reason in FinishReason}
+        self._paths: dict[tuple[PathKind, str], Counter] = {}
 
     def placed(self, path: Path, *, replay_cause: str | None) -> None:
-        self.path.labels(path.kind.value, path.reason).inc()
+        key = (path.kind, path.reason)
+        if key not in self._paths:
+            self._paths[key] = self.path.labels(path.kind.value, path.reason)
+        self._paths[key].inc()
         if replay_cause is not None:
             self.replays.labels(replay_cause).inc()
 
@@ -147,7 +153,7 @@ class RouterMetrics:
         self.kv_time.observe(seconds)
 
     def finished(self, reason: FinishReason, stats: RequestStats) -> None:
-        self.success.labels(reason.value).inc()
+        self._ends[reason].inc()
         self.prefill_time.observe(stats.prefill_s)
         self.decode_time.observe(stats.decode_s)
 

@@ -95,6 +95,7 @@ class ScriptedStream:
         self.stopped_early = False
         self.ended = asyncio.Event()
         self.sent_tokens = 0
+        self._take_tokens: Callable[[tuple[int, ...]], None] | None = None
         self._steps = deque(steps)
         self._wake = asyncio.Event()
 
@@ -102,7 +103,7 @@ class ScriptedStream:
         return self._play()
 
     def divert(self, take: Callable[[tuple[int, ...]], None]) -> None:
-        """Tokens come as events all the same."""
+        self._take_tokens = take
 
     async def _play(self) -> AsyncIterator[RequestEvent]:
         try:
@@ -110,6 +111,9 @@ class ScriptedStream:
                 event = await self._next()
                 if isinstance(event, Tokens):
                     self.sent_tokens += len(event.ids)
+                    if self._take_tokens is not None:
+                        self._take_tokens(event.ids)
+                        continue
                 yield event
                 if isinstance(event, Finished | Failed):
                     return

@@ -5,7 +5,7 @@ import asyncio
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_router.requests.placement import Role, WorkerState, blocks_needed
 
-OUTGOING_LIMIT = 1024
+OUTGOING_LIMIT = 4096
 """Messages that may wait for one worker; one more and it counts as lost."""
 
 

@@ -4,6 +4,7 @@ The work happens inside the response, not in the handler: the watch for a lost c
 all of it, from before the first token to the last byte.
 """
 
+import asyncio
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -70,6 +71,8 @@ class Answer:
                 SendGuard(send, self._patience.send_s) as guard,
             ):
                 generation.start()
+                # What the workers wait for leaves before what the client can't use yet.
+                await asyncio.sleep(0)
                 if generation.plan.stream:
                     await self._stream(scope, guard.send)
                 else:
@@ -150,10 +153,11 @@ class Answer:
 
     def _write(self, index: int, text: str) -> bool:
         """The path of every token: straight to the socket."""
-        if self._client is None or self._sending or self._client.behind:
+        client = self._client
+        if client is None or self._sending or client.behind:
             return False
         self._wrote_at = monotonic()
-        self._client.write(self._delta(index, text))
+        client.write(self._delta(index, text))
         return True
 
     def _render(self, outputs: list[Output]) -> bytes:

@@ -53,19 +53,16 @@ class TokenBytes:
         """Args: `token_of` names a token by its id; `skipped` ids have no text."""
         self._token_of = token_of
         self._known: dict[int, bytes] = dict.fromkeys(skipped, b"")
-        self._texts: dict[int, str | None] = {}
+        self.texts: dict[int, str | None] = {}
+        """What `text` found out so far."""
 
     def text(self, token_id: int) -> str | None:
         """A token's text where it begins and ends between characters; None where it cuts one."""
         try:
-            return self._texts[token_id]
-        except KeyError:
-            pass
-        try:
             text: str | None = self[token_id].decode()
         except UnicodeDecodeError:
             text = None
-        self._texts[token_id] = text
+        self.texts[token_id] = text
         return text
 
     def __getitem__(self, token_id: int) -> bytes:
@@ -94,7 +91,7 @@ class ByteLevelDetokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         if len(ids) == 1 and not self._inside:  # nearly every step of nearly every answer
-            text = self._bytes.text(ids[0])
+            text = self._bytes.texts.get(ids[0]) or self._bytes.text(ids[0])
             if text is not None:
                 return text
         text = self._utf8.decode(b"".join([self._bytes[token_id] for token_id in ids]))
