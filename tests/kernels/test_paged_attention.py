@@ -9,7 +9,9 @@ from kvrelay_kernels.reference import paged_attention as reference
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def oracle(query, key_cache, value_cache, tables, query_lens, context_lens, scale, window):
+def oracle(
+    query, key_cache, value_cache, tables, query_lens, context_lens, scale, window=None, cap=None
+):
     """The formula of the module, one query head of one row at a time."""
     out = torch.zeros(query.shape, dtype=torch.float64)
     block_size, kv_heads = key_cache.shape[1:3]
@@ -25,6 +27,8 @@ def oracle(query, key_cache, value_cache, tables, query_lens, context_lens, scal
                 k = keys[first : position + 1, head // group]
                 v = values[first : position + 1, head // group]
                 scores = scale * (k @ query[row, head].double())
+                if cap is not None:
+                    scores = cap * (scores / cap).tanh()
                 out[row, head] = scores.softmax(0) @ v
             row += 1
     return out
@@ -59,16 +63,21 @@ BATCHES = {
 }
 
 
+# The compiled kernel takes heads of whole vectors: 8 is computed by torch, 16 by the kernel.
+EITHER = pytest.mark.parametrize("head_dim", [8, 16])
+
+
+@EITHER
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 33])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
-def test_matches_the_oracle(batch, window):
+def test_matches_the_oracle(batch, window, head_dim):
     query_lens, context_lens = batch
     query, key, value, tables = make_case(
         query_lens,
         context_lens,
         heads=6,
         kv_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         block_size=16,
         dtype=torch.float32,
     )
@@ -121,30 +130,57 @@ def test_decodes_in_small_groups_equal_one_group(monkeypatch):
         monkeypatch.undo()
 
 
+@EITHER
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+def test_soft_capped_scores_match_the_oracle(batch, head_dim):
+    shape = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": head_dim,
+        "block_size": 8,
+        "dtype": torch.float32,
+    }
+    case = make_case(*batch, **shape)
+    layout = op.attention_layout(case[3], *batch)
+    out = op.paged_attention(*case[:3], layout, scale=1.0, sliding_window=20, soft_cap=3.0)
+    expected = oracle(*case, *batch, 1.0, window=20, cap=3.0)
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@EITHER
+@pytest.mark.parametrize("cap", [None, 4.0])
 @pytest.mark.parametrize("window", [None, 5, 20])
-def test_nothing_of_another_sequence_is_touched(window):
+def test_nothing_of_another_sequence_is_touched(window, cap, head_dim):
     """Padding and the unused tails of blocks may hold anything, NaN included."""
     query_lens, context_lens = [1, 1, 1, 5, 3], [3, 37, 16, 21, 3]
-    query, key, value, tables = make_case(
-        query_lens, context_lens, heads=4, kv_heads=2, head_dim=8, block_size=8, dtype=torch.float32
-    )
+    shape = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": head_dim,
+        "block_size": 8,
+        "dtype": torch.float32,
+    }
+    query, key, value, tables = make_case(query_lens, context_lens, **shape)
     layout = op.attention_layout(tables, query_lens, context_lens)
-    clean = op.paged_attention(query, key, value, layout, scale=1.0, sliding_window=window)
+    options = {"scale": 1.0, "sliding_window": window, "soft_cap": cap}
+    clean = op.paged_attention(query, key, value, layout, **options)
     used = torch.zeros(key.shape[:2], dtype=torch.bool)
     for table, context in zip(tables, context_lens, strict=True):
         positions = torch.arange(context)
         used[table[positions // 8].long(), positions % 8] = True
     assert not used[0].all()
     key[~used], value[~used] = float("nan"), float("inf")
-    dirty = op.paged_attention(query, key, value, layout, scale=1.0, sliding_window=window)
+    dirty = torch.full_like(clean, float("nan"))
+    assert op.paged_attention(query, key, value, layout, **options, out=dirty) is dirty
     assert torch.equal(clean, dirty)
 
 
-def test_queries_may_be_a_view_of_a_fused_projection():
+@EITHER
+def test_queries_may_be_a_view_of_a_fused_projection(head_dim):
     query, key, value, tables = make_case(
-        [1, 5], [9, 20], heads=4, kv_heads=2, head_dim=8, block_size=4, dtype=torch.float32
+        [1, 5], [9, 20], heads=4, kv_heads=2, head_dim=head_dim, block_size=4, dtype=torch.float32
     )
-    fused = torch.cat((query, torch.randn(6, 4, 8)), dim=1)
+    fused = torch.cat((query, torch.randn(6, 4, head_dim)), dim=1)
     layout = op.attention_layout(tables, [1, 5], [9, 20])
     view = op.paged_attention(fused[:, :4], key, value, layout, scale=1.0)
     torch.testing.assert_close(view, op.paged_attention(query, key, value, layout, scale=1.0))
@@ -163,5 +199,14 @@ def test_wrong_shapes_are_named():
         op.paged_attention(query.half(), key, value, layout, scale=1.0)
     with pytest.raises(ValueError, match="3 query heads do not divide into 2"):
         op.paged_attention(query[:, :3], key, value, layout, scale=1.0)
+    for options, message in (
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"soft_cap": -1.0}, "soft_cap is -1.0"),
+        ({"out": query[:1]}, r"out has shape \[1, 4, 8\]"),
+        ({"out": query.half()}, "out has dtype"),
+        ({"out": torch.empty(2, 4, 16)[..., ::2]}, "out is not contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op.paged_attention(query, key, value, layout, scale=1.0, **options)
     with pytest.raises(ValueError, match="block_tables"):
         op.attention_layout(tables, [1, 1], [2, 2])

@@ -21,8 +21,8 @@ namespace {
 
 inline native_f32 gated(native_f32 gate, native_f32 up) {
   // Below -88 the result is 0 to within 1e-36; NaN passes.
-  native_f32 negated = gate < -88.0f ? broadcast(88.0f) : -gate;
-  return gate / (exp(negated) + 1.0f) * up;
+  native_f32 x = gate < -88.0f ? broadcast(-88.0f) : gate;
+  return x / (exp(-x) + 1.0f) * up;
 }
 
 void silu_mul_row(const float* gate, const float* up, int64_t width, float* out) {
