@@ -9,6 +9,7 @@ from kvrelay_bench.router.load_client import Exchange, arrivals_of_tokens, check
 from kvrelay_bench.router.measure import evaluate
 from kvrelay_bench.router.stack import Seen
 from kvrelay_bench.router.workload import Workload, answer_ids, text_tokens
+from kvrelay_protocol.errors import UsageError
 from kvrelay_protocol.model_files import DEMO_MODEL_DIR
 from kvrelay_router.text.tokenizer import load_tokenizer
 
@@ -53,6 +54,11 @@ def test_every_request_gets_exactly_its_tokens(tmp_path, capsys):
     assert rows["latency"]["added_ms"]["minimum"] > 0
     assert rows["saturated"]["router_cpu_s"] > 0
     assert "added p50" in capsys.readouterr().out
+
+
+def test_requests_the_model_cannot_serve_are_refused_before_anything_starts():
+    with pytest.raises(UsageError, match=r"saturated part needs .* --stream-tokens"):
+        COMMAND.run(resolved(only="saturated", stream_tokens="5000"))
 
 
 def answer_to(table, tokenizer, workload, *, skip=()):

@@ -35,7 +35,7 @@ COMMAND = Command(
              default=0.02, metavar="SECONDS"),
         Flag("--only", "one part: latency, paced or saturated",
              choice("latency", "paced", "saturated"), default=None, metavar="PART"),
-        Flag("--prompt-words", "words of each prompt", integer(1, 100_000), default=50,
+        Flag("--prompt-words", "words of each prompt", integer(1, 100_000), default=32,
              metavar="N"),
         Flag("--core", "the router's core; the others get everything else", integer(0, 4095),
              default=None, metavar="N"),

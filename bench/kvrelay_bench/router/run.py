@@ -10,7 +10,7 @@ from kvrelay_bench.router.stack import Cores, running_router
 from kvrelay_bench.router.workload import Workload, text_tokens
 from kvrelay_protocol.errors import UsageError
 from kvrelay_protocol.model_files import resolve_model
-from kvrelay_router.text.tokenizer import load_tokenizer
+from kvrelay_router.text.served_model import ServedModel, load_served_model
 
 _WARMUP_S = 1.0
 _PREFILL_S = 0.004
@@ -20,12 +20,10 @@ def run(values: SimpleNamespace) -> int:
     """Measure; returns 1 where a request failed or a token is missing.
 
     Raises:
-        UsageError: the model has no tokens the check could tell apart.
+        UsageError: the model can't serve these requests, or its tokens can't be told apart.
     """
     model = resolve_model(values.model, weights=False)
-    table = text_tokens(load_tokenizer(model.require_tokenizer()))
-    if not table:
-        raise UsageError(f"--model {model.name} has no token that is printable text by itself")
+    table = _check(values, load_served_model(model.directory, model.name))
     cores = Cores.choose(values.core)
     measured: list[Measurement] = []
     with running_router(model, table, cores) as stack:
@@ -37,6 +35,26 @@ def run(values: SimpleNamespace) -> int:
     path = write_report("router", values, rows, describe_machine(), values.out)
     print(f"\nwritten to {path}")
     return 1 if any(result.errors or result.lost_tokens for result in measured) else 0
+
+
+def _check(values: SimpleNamespace, model: ServedModel) -> list[int]:
+    """The tokens that mock workers answer with, once it is sure that every request will be served."""
+    table = text_tokens(model.tokenizer)
+    if not table:
+        raise UsageError(f"--model {model.name} has no token that is printable text by itself")
+    if model.template is None:
+        raise UsageError(f"--model {model.name} has no chat template")
+    for workload in workloads(values):
+        messages = [{"role": "user", "content": workload.prompt(0)}]
+        prompt = model.tokenizer.encode(model.template.render(messages), add_special_tokens=False)
+        # Other prompts have other words: twice the first one's tokens is room enough for any.
+        needed = 2 * len(prompt) + workload.tokens
+        if needed > model.max_model_len:
+            raise UsageError(
+                f"the {workload.name} part needs a context of {needed} tokens, {model.name} has "
+                f"{model.max_model_len}: lower --stream-tokens, --tokens or --prompt-words"
+            )
+    return table
 
 
 def workloads(values: SimpleNamespace) -> Iterator[Workload]:
