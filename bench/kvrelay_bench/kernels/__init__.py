@@ -1,0 +1,1 @@
+"""The CPU kernels one by one, beside what the machine can read and multiply, and beside torch."""
