@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvrelay_kernels.cuda.registry import TARGETS, AotCase, Expect
+from kvrelay_kernels.cuda.registry import AotCase, Expect, TARGETS, Workload
 from kvrelay_kernels.reference.sampling import (
     LN2_HIGH,
     LN2_LOW,
@@ -672,4 +672,32 @@ def aot_cases() -> list[AotCase]:
             options=no_fusion,
             expect=_ALL_TARGETS,
         ),
+    ]
+
+
+def workloads() -> list[Workload]:
+    """Decode batches over a Llama 3 vocabulary."""
+    vocabulary = 128256
+    every = [
+        (rows, op, passes, share, because)
+        for rows in (1, 256)
+        for op, passes, share, because in (
+            ("greedy", 1, 0.7, "one read of the logits; a row is cut into tiles to fill the GPU"),
+            # Logits once; integer weights of 8 bytes are written, then read for the threshold and
+            # for the draw.
+            ("sample", 1 + 3 * 2, 0.5, "the weights are read twice and the histogram is atomic"),
+            ("token_logprobs", 2, 0.6, "one read for the sum, one for rank and the largest"),
+        )
+    ]
+    return [
+        Workload(
+            op=op,
+            shape=f"{rows} x {vocabulary}",
+            bytes=passes * rows * vocabulary * 4,
+            flops=8 * rows * vocabulary,
+            expected_share=share if rows > 1 else 0.1,
+            because=because if rows > 1 else "half a megabyte: the launches outlast the loads",
+            dtype="float32",
+        )
+        for rows, op, passes, share, because in every
     ]
