@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvrelay_kernels.cuda.registry import AotCase, Expect, TARGETS, Workload
+from kvrelay_kernels.cuda.registry import TARGETS, AotCase, Expect, Workload
 from kvrelay_kernels.reference.sampling import (
     LN2_HIGH,
     LN2_LOW,
