@@ -19,7 +19,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "dtype": "bfloat16",
 }
-KV_BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, KV heads, head size, float32
+KV_BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 2  # keys and values, layers, KV heads, head size, bfloat16
 
 
 def write_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:

@@ -170,7 +170,7 @@ def test_far_too_little_memory(model_dir, capsys, monkeypatch):
 def test_a_pool_too_small_for_the_length_asked_for(model_dir, capsys):
     size = 100 * KV_BYTES_PER_TOKEN
     assert up(model_dir, "--kv-memory", size, "--max-model-len", 128) == 6
-    assert_one_line(capsys, "holds 96 tokens; a sequence of 128 needs 32 KiB; raise it or lower")
+    assert_one_line(capsys, "holds 96 tokens; a sequence of 128 needs 16 KiB; raise it or lower")
 
 
 def test_a_pool_that_holds_no_two_blocks(model_dir, capsys):

@@ -144,8 +144,8 @@ async def test_losing_the_only_decode_worker_is_a_typed_error_within_the_replay_
 async def test_losing_one_of_two_decode_workers_continues_the_stream_exactly(faults):
     async with _stack(decode=2) as stack:
         prompt = random_prompt(30, seed=4)
-        expected = reference_generate(stack.model_dir, [prompt], 200)[0]
-        running = asyncio.create_task(stack.answer(prompt, 200))
+        expected = reference_generate(stack.model_dir, [prompt], 900)[0]
+        running = asyncio.create_task(stack.answer(prompt, 900))
         await asyncio.sleep(0.4)
         (busy,) = [
             w.name for w in stack.core.service.health().workers if w.role == "decode" and w.running
