@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kvrelay_kernels.checks import check_dtype, check_shape
+from kvrelay_kernels.cpu import linear as cpu
 from kvrelay_kernels.cpu.library import CpuLibrary, cpu_library, native
 from kvrelay_kernels.reference.linear import linear_reference, quantise_int8_reference
 
@@ -46,9 +47,7 @@ class LinearWeights:
         """`[outputs, width]` as stored, without the scale; a copy where the weights are packed."""
         if self.library is None:
             return self.data
-        from kvrelay_kernels.cpu.linear import unpack
-
-        return unpack(self.data, self.dtype, self.outputs, self.width)
+        return cpu.unpack(self.data, self.dtype, self.outputs, self.width)
 
 
 def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -86,9 +85,7 @@ def pack_linear(
         # The kernels take one source format a call; a checkpoint that mixes them is rare.
         kinds = {part.dtype for part in parts}
         sources = [part.contiguous() if len(kinds) == 1 else part.float() for part in parts]
-        from kvrelay_kernels.cpu.linear import pack
-
-        data, scale = pack(library, sources, dtype)
+        data, scale = cpu.pack(library, sources, dtype)
         return LinearWeights(outputs, width, dtype, data, scale, bias, library)
     stacked = torch.empty(
         (outputs, width), dtype=torch.float32 if dtype == torch.int8 else dtype, device=device
@@ -141,9 +138,7 @@ def linear(
     check_dtype("x", x, torch.float32)
     if x.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError("the rows of x and out must be contiguous")
-    from kvrelay_kernels.cpu.linear import linear_cpu
-
-    linear_cpu(
+    cpu.linear_cpu(
         weights.library,
         x,
         weights.data,
