@@ -274,7 +274,7 @@ async def test_caller_headers(client, service):
         "traceparent": trace,
         "x-request-timeout": "5",
         "x-kvrelay-force-path": "local",
-        "x-request-id": "abc",
+        "x-request-id": "the-callers-own",
     }
     reply = await client.post(CHAT, json=BODY, headers=headers)
     request = service.last.request
@@ -283,8 +283,8 @@ async def test_caller_headers(client, service):
         5.0,
         PathKind.LOCAL,
     )
-    assert reply.headers["x-request-id"] == "abc"
-    assert "abc" not in request.request_id
+    assert reply.headers["x-request-id"] == "the-callers-own"
+    assert "the-callers-own" not in request.request_id
     for bad in (
         {"x-request-timeout": "nan"},
         {"x-request-timeout": "-1"},
