@@ -17,6 +17,7 @@ from kvrelay_decode.worker import DecodeWorker
 from kvrelay_engine.batch import Batch, StepResult
 from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.cache.pool import KVPool
+from kvrelay_kernels.cpu.library import cpu_library
 from kvrelay_prefill.scheduler import PrefillScheduler
 from kvrelay_prefill.worker import PrefillWorker
 from kvrelay_protocol import fleet_pb2 as pb
@@ -116,6 +117,7 @@ def sample(batch: Batch) -> StepResult:
 
 async def bench(kind: type[Worker], *, blocks: int = BLOCKS, staging: int = 4) -> Bench:
     """A bare worker of this class; `close` it."""
+    cpu_library()  # as a worker's start does; it may compile, longer than any test's time limit
     transport = InprocTransport()
     await transport.start()
     pool = KVPool(

@@ -1,15 +1,18 @@
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from kvrelay_protocol.errors import TransferError, TransportMisconfigured
-from kvrelay_transfer.probe import measure
+from kvrelay_protocol.errors import PeerLost, TransferError, TransportMisconfigured
+from kvrelay_transfer.inproc import InprocTransport
+from kvrelay_transfer.probe import _send_two_at_a_time, measure
 
 MIB = 1024 * 1024
 
@@ -67,6 +70,17 @@ async def test_the_child_dies_with_its_parent():
     await wait_for(lambda: not alive(child), 5)
 
 
+@pytest.fixture
+async def unnoticed() -> AsyncIterator[list[dict[str, object]]]:
+    """What the event loop reports because nobody else will, such as errors of forgotten tasks."""
+    reported: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    yield reported
+    gc.collect()
+    assert reported == []
+
+
+@pytest.mark.usefixtures("unnoticed")
 async def test_a_killed_child_is_an_error_not_a_hang():
     measuring = asyncio.create_task(measure("ucx://", [64 * MIB] * 50))
     before = set(children_of(os.getpid()))
@@ -75,6 +89,21 @@ async def test_a_killed_child_is_an_error_not_a_hang():
     os.kill(child, signal.SIGKILL)
     with pytest.raises(TransferError):
         await asyncio.wait_for(measuring, 5)
+
+
+@pytest.mark.usefixtures("unnoticed")
+async def test_both_sends_in_flight_may_fail_and_neither_is_forgotten():
+    here, there = InprocTransport(), InprocTransport()
+    await here.start()
+    await there.start()
+    sending = asyncio.create_task(_send_two_at_a_time(here, there.address, bytes(MIB), 8))
+    await asyncio.sleep(0.01)  # nobody receives: two of them wait
+    assert here.stats.messages_sent == 2
+    await there.abort()
+    with pytest.raises(PeerLost):
+        await sending
+    assert here.stats.messages_sent == 2
+    await here.abort()
 
 
 def test_the_command_prints_one_line():

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from kvrelay_protocol.errors import KvrelayError, TransferError, TransportMisconfigured
 
@@ -85,8 +86,7 @@ async def _with_task(uri: str, transport: KVTransport, sizes: Sequence[int]) -> 
     try:
         return await _ask(uri, transport, other.address, sizes)
     finally:
-        answering.cancel()
-        await asyncio.wait({answering})
+        await _stopped(answering)
         await other.abort()
 
 
@@ -116,9 +116,7 @@ async def _with_child(uri: str, transport: KVTransport, sizes: Sequence[int]) ->
                 raise TransferError(f"the probe's child ended with status {child.returncode}")
             return asking.result()
         finally:
-            for task in (asking, ended):
-                task.cancel()
-            await asyncio.wait({asking, ended})
+            await _stopped(asking, ended)
     finally:
         with suppress(ProcessLookupError):
             child.kill()
@@ -149,17 +147,34 @@ async def _throughput(transport: KVTransport, peer: bytes, size: int) -> float:
     for _ in range(_ROUNDS):
         ack = transport.receive(_ACK, bytearray(1))
         start = time.perf_counter()
-        in_flight: set[asyncio.Task[None]] = set()
-        for _ in range(count):
-            in_flight.add(asyncio.create_task(transport.send(peer, _DATA, buffer)))
-            if len(in_flight) == 2:
-                done, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-        await asyncio.gather(*in_flight)
+        await _send_two_at_a_time(transport, peer, buffer, count)
         await ack.wait()
         rates.append(count * size / (time.perf_counter() - start) / 1e9)
     return statistics.median(rates)
+
+
+async def _send_two_at_a_time(
+    transport: KVTransport, peer: bytes, buffer: Buffer, count: int
+) -> None:
+    """Send `buffer` `count` times; returns or raises with nothing in flight."""
+    left = iter(range(count))
+
+    async def send() -> None:
+        for _ in left:  # one iterator for both: whoever is free sends the next one
+            await transport.send(peer, _DATA, buffer)
+
+    senders = asyncio.create_task(send()), asyncio.create_task(send())
+    try:
+        await asyncio.gather(*senders)
+    finally:
+        await _stopped(*senders)
+
+
+async def _stopped(*tasks: "asyncio.Task[Any]") -> None:
+    """Cancel tasks and wait for their ends, taking what they raise: the first error was seen."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _answer(transport: KVTransport, peer: bytes, sizes: Sequence[int]) -> None:

@@ -123,7 +123,8 @@ class KVTransport(ABC):
         """Send one message; return when `buffer` may be reused.
 
         Cancelling the awaiting task cancels the message; the cancel is confirmed (the buffer is
-        free) before `CancelledError` propagates.
+        free) before `CancelledError` propagates. A cancel may come too late to keep the message
+        from arriving whole.
 
         Raises:
             PeerLost: the peer is unreachable or went away. The next send connects anew.
