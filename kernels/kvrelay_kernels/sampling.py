@@ -58,7 +58,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     """
     check_shape("logits", logits, (None, None))
     if logits.device.type == "cuda":
-        from kvrelay_kernels.cuda.sampling import greedy_cuda
+        from kvrelay_kernels.cuda.sampling_greedy import greedy_cuda
 
         return greedy_cuda(logits)
     return greedy_reference(logits)
@@ -105,7 +105,7 @@ def sample(
     if vocabulary > _MAX_VOCABULARY:
         raise ValueError(f"a vocabulary of {vocabulary} is above {_MAX_VOCABULARY}")
     if logits.device.type == "cuda":
-        from kvrelay_kernels.cuda.sampling import sample_cuda as chosen
+        from kvrelay_kernels.cuda.sampling_draw import sample_cuda as chosen
     elif (library := native(logits)) is not None:
         from kvrelay_kernels.cpu.sampling import sample_cpu
 
@@ -153,7 +153,7 @@ def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     check_dtype("seeds", seeds, torch.int64)
     check_dtype("positions", positions, torch.int64)
     if seeds.device.type == "cuda":
-        from kvrelay_kernels.cuda.sampling import uniforms_cuda
+        from kvrelay_kernels.cuda.sampling_draw import uniforms_cuda
 
         return uniforms_cuda(seeds, positions)
     return uniforms_reference(seeds, positions)
@@ -208,7 +208,7 @@ def apply_penalties(
         check_shape(name, tensor, (len(token_ids),))
         check_dtype(name, tensor, dtype)
     if logits.device.type == "cuda":
-        from kvrelay_kernels.cuda.sampling import apply_penalties_cuda as chosen
+        from kvrelay_kernels.cuda.sampling_penalties import apply_penalties_cuda as chosen
     else:
         chosen = apply_penalties_reference
     chosen(
@@ -240,7 +240,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> Toke
     if not 0 <= top <= logits.shape[1]:
         raise ValueError(f"top is {top}, expected 0 to {logits.shape[1]}")
     if logits.device.type == "cuda":
-        from kvrelay_kernels.cuda.sampling import token_logprobs_cuda
+        from kvrelay_kernels.cuda.sampling_logprobs import token_logprobs_cuda
 
         return token_logprobs_cuda(logits, tokens, top)
     return token_logprobs_reference(logits, tokens, top)

@@ -7,6 +7,12 @@ import pytest
 import torch
 
 from kvrelay_engine.sampler.philox import uniforms as host_uniforms
+from kvrelay_kernels.cuda import sampling_draw, sampling_tiles
+from kvrelay_kernels.cuda.sampling_draw import sample_cuda, uniforms_cuda
+from kvrelay_kernels.cuda.sampling_greedy import greedy_cuda
+from kvrelay_kernels.cuda.sampling_logprobs import token_logprobs_cuda
+from kvrelay_kernels.cuda.sampling_penalties import apply_penalties_cuda
+from kvrelay_kernels.cuda.sampling_weights import integer_weights_cuda
 from kvrelay_kernels.reference.sampling import (
     apply_penalties_reference,
     greedy_reference,
@@ -21,13 +27,10 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 VOCABULARY = 50_021 if ON_GPU else 149
 
 
-@pytest.fixture
-def op(monkeypatch):
-    from kvrelay_kernels.cuda import sampling
-
+@pytest.fixture(autouse=True)
+def _several_tiles(monkeypatch):
     if not ON_GPU:
-        monkeypatch.setattr(sampling, "TILE", 32)
-    return sampling
+        monkeypatch.setattr(sampling_tiles, "TILE", 32)
 
 
 def case(rows, *, scale=2.0, dtype=torch.float32, vocabulary=VOCABULARY, seed=0):
@@ -49,45 +52,45 @@ def case(rows, *, scale=2.0, dtype=torch.float32, vocabulary=VOCABULARY, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_equal_the_reference_bit_by_bit(op, dtype):
+def test_weights_equal_the_reference_bit_by_bit(dtype):
     logits, given = case(3, scale=5.0, dtype=dtype)
     logits[:, ::5] = float("-inf")
-    weights, tile_sum, tile_top = op.integer_weights_cuda(logits, given["temperature"])
+    weights, tile_sum, tile_top = integer_weights_cuda(logits, given["temperature"])
     expected = integer_weights(logits.cpu(), given["temperature"].cpu())
     assert torch.equal(weights.cpu(), expected)
-    tiles = expected.split(op.TILE, dim=1)
+    tiles = expected.split(sampling_tiles.TILE, dim=1)
     assert torch.equal(tile_sum.cpu(), torch.stack([tile.sum(1) for tile in tiles], 1))
     assert torch.equal(tile_top.cpu(), torch.stack([tile.amax(1) for tile in tiles], 1))
 
 
 @pytest.mark.parametrize("scale", [0.05, 3.0])
-def test_tokens_equal_the_reference_with_other_parameters_in_every_row(op, scale):
+def test_tokens_equal_the_reference_with_other_parameters_in_every_row(scale):
     logits, given = case(200 if ON_GPU else 8, scale=scale)
     expected = sample_reference(logits.cpu(), **{k: v.cpu() for k, v in given.items()})
-    assert op.sample_cuda(logits, **given).tolist() == expected.tolist()
+    assert sample_cuda(logits, **given).tolist() == expected.tolist()
 
 
-def test_equal_weights_share_their_fate(op):
+def test_equal_weights_share_their_fate():
     """Many ties at the threshold, and fewer tokens with any weight than top-k asks for."""
     logits, given = case(6, vocabulary=70)
     logits = logits.round()
     logits[:, 10:] = float("-inf")
     given["top_k"] = torch.tensor([3, 5, 9, 20, 69, 2], device=DEVICE)
     expected = sample_reference(logits.cpu(), **{k: v.cpu() for k, v in given.items()})
-    assert op.sample_cuda(logits, **given).tolist() == expected.tolist()
+    assert sample_cuda(logits, **given).tolist() == expected.tolist()
 
 
-def test_rows_are_drawn_in_groups_and_may_lie_apart(op, monkeypatch):
+def test_rows_are_drawn_in_groups_and_may_lie_apart(monkeypatch):
     logits, given = case(5)
     wide = torch.zeros(5, VOCABULARY + 9, device=DEVICE)
     wide[:, 4 : 4 + VOCABULARY] = logits
     expected = sample_reference(logits.cpu(), **{k: v.cpu() for k, v in given.items()})
-    monkeypatch.setattr(op, "_SCRATCH_BYTES", 2 * 8 * VOCABULARY)
-    drawn = op.sample_cuda(wide[:, 4 : 4 + VOCABULARY], **given)
+    monkeypatch.setattr(sampling_draw, "SCRATCH_BYTES", 2 * 8 * VOCABULARY)
+    drawn = sample_cuda(wide[:, 4 : 4 + VOCABULARY], **given)
     assert drawn.tolist() == expected.tolist()
 
 
-def test_greedy_takes_the_lowest_of_equals(op):
+def test_greedy_takes_the_lowest_of_equals():
     logits, _ = case(4)
     logits[0] = 0.0
     logits[1, [33, 64, 140]] = 99.0
@@ -95,20 +98,20 @@ def test_greedy_takes_the_lowest_of_equals(op):
     logits[2, -1] = -5.0
     expected = greedy_reference(logits.cpu()).tolist()
     assert expected[:3] == [0, 33, VOCABULARY - 1]
-    assert op.greedy_cuda(logits).tolist() == expected
+    assert greedy_cuda(logits).tolist() == expected
 
 
-def test_uniforms_equal_those_of_the_host(op):
+def test_uniforms_equal_those_of_the_host():
     seeds = [0, 1, 5, 2**64 - 1, 2**63, 2**40 + 7]
     positions = [0, 3, 2**31, 2**33 + 1, 17, 1]
     bits = torch.tensor([s - 2**64 if s >= 2**63 else s for s in seeds], device=DEVICE)
     at = torch.tensor(positions, device=DEVICE)
     expected = host_uniforms(seeds, positions).tolist()
-    assert op.uniforms_cuda(bits, at).tolist() == expected
+    assert uniforms_cuda(bits, at).tolist() == expected
     assert uniforms_reference(bits, at).tolist() == expected
 
 
-def test_penalties_equal_the_reference(op):
+def test_penalties_equal_the_reference():
     logits, _ = case(3)
     pairs = 40
     chosen = torch.randperm(3 * VOCABULARY, generator=torch.Generator().manual_seed(1))[:pairs]
@@ -122,16 +125,16 @@ def test_penalties_equal_the_reference(op):
     }
     expected = logits.cpu().clone()
     apply_penalties_reference(expected, **given)
-    op.apply_penalties_cuda(logits, **{name: value.to(DEVICE) for name, value in given.items()})
+    apply_penalties_cuda(logits, **{name: value.to(DEVICE) for name, value in given.items()})
     assert torch.equal(logits.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logprobs_match_the_reference(op, dtype):
+def test_logprobs_match_the_reference(dtype):
     logits, _ = case(4, dtype=dtype)
     logits[3, 1:] = float("-inf")
     tokens = torch.tensor([0, 148, 77, 0], device=DEVICE)
-    found = op.token_logprobs_cuda(logits, tokens, 5)
+    found = token_logprobs_cuda(logits, tokens, 5)
     expected = token_logprobs_reference(logits.cpu(), tokens.cpu(), 5)
     assert found.rank.tolist() == expected.rank.tolist()
     assert found.top_ids.tolist() == expected.top_ids.tolist()
