@@ -27,8 +27,6 @@ class GpuLimits:
 
 GPU_LIMITS = {"H100": GpuLimits(3.0e12, 798e12), "H200": GpuLimits(4.3e12, 788e12)}
 """`kvrelay bench gpu` measures them again on the GPU it runs on."""
-_LAUNCH_US = 1.3
-"""What a kernel costs in a captured graph whatever it does; no time below it is expected."""
 
 
 def run_compile_gate(values: SimpleNamespace) -> int:
@@ -99,6 +97,7 @@ def _floors(workload: "Workload") -> dict[str, Any]:
         for gpu, limits in GPU_LIMITS.items()
     }
     expected = {
-        gpu: max(_LAUNCH_US, floor / workload.expected_share) for gpu, floor in floors.items()
+        gpu: max(workload.latency_us, floor / workload.expected_share)
+        for gpu, floor in floors.items()
     }
     return {**asdict(workload), "floor_us": floors, "expected_us": expected}

@@ -160,6 +160,7 @@ def workloads() -> list[Workload]:
     return [
         Workload(
             op=op,
+            kernels=("kv_copy",),
             shape="4 layers of 4096 tokens",
             bytes=2 * payload,
             # Two multiplications, two additions to the sums and seven cheap operations a word.

@@ -17,8 +17,10 @@ Sources: Dao et al., "Flash-Decoding", 2023 (the split); Osama et al., "Stream-K
 (arXiv:2301.03598; equal shares across problem borders).
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -342,7 +344,7 @@ def aot_cases() -> list[AotCase]:
 def workloads() -> list[Workload]:
     """One layer of Llama-3.1-8B: 32 query heads on 8 KV heads of 128."""
     return [
-        _workload("1 x 1024", [1024], 0.25, "4 MB: launch, map and merge outlast the loads"),
+        _workload("1 x 1024", [1024], 0.85, "4 MB: two launches and a merge outlast the loads"),
         _workload(
             "1 x 32768", [32768], 0.85, "134 MB, two tiles in flight in each of 264 programs"
         ),
@@ -361,6 +363,8 @@ def workloads() -> list[Workload]:
         _workload(
             "32 x 4096", [4096] * 32, 0.7, "the same with half the bytes: conversions show", 1
         ),
+        _merge_workload("32 x 4096", [4096] * 32),
+        _merge_workload("1 x 131072 + 31 x 4096", [131072] + [4096] * 31),
     ]
 
 
@@ -372,12 +376,35 @@ def _workload(
     activations = 2 * 2 * len(contexts) * heads * head_dim
     return Workload(
         op="paged_attention (decode)",
+        kernels=("paged_decode", "merge"),
         shape=shape,
         bytes=2 * tokens * kv_heads * head_dim * itemsize + activations,
         flops=4 * tokens * heads * head_dim,
         expected_share=share,
         because=because,
         dtype="bfloat16" if itemsize == 2 else "float8_e4m3fn cache",
+        latency_us=4.0,
+    )
+
+
+def _merge_workload(shape: str, contexts: Sequence[int]) -> Workload:
+    """The merge alone, after 33 programs for each KV head; its time is in the rows of the whole, too."""
+    heads, head_dim, programs = 32, 128, 33
+    tile = decode_config(head_dim).tile
+    ends = list(accumulate(triton.cdiv(context, tile) for context in contexts))
+    cuts = {ends[-1] * program // programs for program in range(1, programs)} - set(ends)
+    split = {bisect_right(ends, cut) for cut in cuts}
+    partials = (len(cuts) + len(split)) * heads
+    return Workload(
+        op="paged_attention (merge)",
+        kernels=("merge",),
+        shape=shape,
+        bytes=4 * partials * (head_dim + 1) + 2 * len(split) * heads * head_dim,
+        flops=2 * partials * head_dim,
+        expected_share=0.5,
+        because="partial results from the L2 cache; the map, then the partials: two loads deep",
+        dtype="float32",
+        latency_us=2.5,
     )
 
 

@@ -358,6 +358,7 @@ def _workload(
     new, seen = (sum(column) for column in zip(*lengths, strict=True))
     return Workload(
         op="paged_attention (prefill)",
+        kernels=("tile_map", "paged_prefill"),
         shape=shape,
         bytes=2 * (2 * new * heads + 2 * (new + seen) * kv_heads) * head_dim,
         flops=4 * pairs * heads * head_dim,

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvrelay_kernels.cuda.registry import TARGETS, AotCase, Expect
+from kvrelay_kernels.cuda.registry import TARGETS, AotCase, Expect, Workload
 
 _BLOCK_SEQUENCES = 128
 _BLOCK_PROGRAMS = 32
@@ -176,4 +176,25 @@ def aot_cases() -> list[AotCase]:
             expect={target: Expect(blocks_per_sm=4) for target in TARGETS},
         )
         for variant, tile, queries in (("keys", 64, False), ("queries", 32, True))
+    ]
+
+
+def workloads() -> list[Workload]:
+    """The map of a decode step, 33 programs for each KV head; all layers of the step share it."""
+    programs = 33
+    return [
+        Workload(
+            op="decode_tile_map",
+            kernels=("tile_map",),
+            shape=f"{sequences} sequences",
+            # The lengths; two numbers for each program and the end, one for each sequence and the end.
+            bytes=4 * sequences + 8 * (programs + 1) + 4 * (sequences + 1),
+            # A comparison and a sum for each program and sequence, and the scans.
+            flops=2 * (programs + 5) * sequences,
+            expected_share=0.5,
+            because="once a step: two walks over the lengths, each a load and a scan deep",
+            dtype="int32",
+            latency_us=latency_us,
+        )
+        for sequences, latency_us in ((32, 2.5), (256, 4.0))
     ]

@@ -6,7 +6,7 @@ A module of this package takes part by defining
     def workloads() -> list[Workload]: ...     # one row of the performance table each
 
 Nothing is registered by import: the package is searched for modules that have them. Every function
-decorated with `triton.jit` whose name ends in `_kernel` must be in at least one case.
+decorated with `triton.jit` whose name ends in `_kernel` must be in at least one case and one workload.
 
 A whole example:
 
@@ -37,6 +37,8 @@ from typing import Any
 
 TARGETS = (80, 90, 100)
 """Compute capabilities the kernels are compiled for: A100, H100 and H200 (sm_90a), B200."""
+LAUNCH_US = 1.3
+"""What a kernel costs in a captured graph whatever it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +87,15 @@ class AotCase:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What one launch must do at least, whoever writes the kernel: the floor of its time.
+    """What one call of an op must do at least, whoever writes its kernels: the floor of its time.
 
     The bytes count every input once and every output once; the operations count a multiply-add as
     two.
     """
 
     op: str
+    kernels: tuple[str, ...]
+    """The kernels the call launches, by `AotCase.name`, in order."""
     shape: str
     bytes: int
     flops: int
@@ -99,6 +103,8 @@ class Workload:
     """Fraction of the floor's rate expected until it is measured, with the reason in `because`."""
     because: str
     dtype: str = "bfloat16"
+    latency_us: float = LAUNCH_US
+    """Time that no amount of work explains: launches, and loads that wait for other loads."""
 
 
 def kernel_modules() -> Iterator[ModuleType]:

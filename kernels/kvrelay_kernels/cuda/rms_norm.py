@@ -164,16 +164,19 @@ def aot_cases() -> list[AotCase]:
 
 def workloads() -> list[Workload]:
     """Decode and prefill batches of an 8B model."""
-    because = "one pass of 16-byte accesses; a row is too short to hide the launch at batch 1"
+    because = "one pass of 16-byte accesses; a single row is the launch, a load and a sum"
     return [
         Workload(
-            op="add_rms_norm",
+            op=op,
+            kernels=(op,),
             shape=f"{rows} x {_WIDTH}",
-            # x and the residual in, the residual and the result out, the weight once.
-            bytes=(4 * rows + 1) * _WIDTH * 2,
-            flops=5 * rows * _WIDTH,
-            expected_share=0.8 if rows >= 4096 else 0.1,
+            bytes=(tensors * rows + 1) * _WIDTH * 2,
+            flops=operations * rows * _WIDTH,
+            expected_share=0.8,
             because=because,
+            latency_us=2.0,
         )
+        # x and the result, with the residual in and out for the sum; the weight once.
+        for op, tensors, operations in (("rms_norm", 2, 4), ("add_rms_norm", 4, 5))
         for rows in (1, 256, 8192)
     ]

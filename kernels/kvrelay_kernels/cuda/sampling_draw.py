@@ -15,7 +15,7 @@ from kvrelay_kernels.cuda.registry import TARGETS, AotCase, Expect, Workload
 from kvrelay_kernels.cuda.sampling_tiles import (
     TILE,
     VOCABULARY,
-    batch_workloads,
+    logits_workload,
     rows_contiguous,
     tiling,
 )
@@ -206,5 +206,32 @@ def workloads() -> list[Workload]:
     """Decode batches over a Llama 3 vocabulary."""
     # Logits once; integer weights of 8 bytes are written, then read for the threshold and for
     # the draw.
-    because = "the weights are read twice and the histogram is atomic"
-    return batch_workloads("sample", 1 + 3 * 2, 0.5, because)
+    sizes = (
+        (1, "one program walks 63 tiles for a threshold, a load and an atomic deep each"),
+        (256, "the weights are read twice and the histogram is atomic"),
+    )
+    return [
+        *(
+            logits_workload(
+                "sample",
+                ("tile_max", "weights", "draw"),
+                rows=rows,
+                passes=1 + 3 * 2,
+                share=0.5,
+                because=because,
+                latency_us=100.0,
+            )
+            for rows, because in sizes
+        ),
+        Workload(
+            op="uniforms",
+            kernels=("uniforms",),
+            shape="256 rows",
+            # Seed and position in, a float64 out; ten rounds of two products and four additions.
+            bytes=24 * 256,
+            flops=80 * 256,
+            expected_share=0.5,
+            because="6 KB: nothing but its launch",
+            dtype="float64",
+        ),
+    ]

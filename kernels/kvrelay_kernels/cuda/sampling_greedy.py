@@ -7,7 +7,7 @@ import triton.language as tl
 from kvrelay_kernels.cuda.registry import AotCase, Workload
 from kvrelay_kernels.cuda.sampling_tiles import (
     VOCABULARY,
-    batch_workloads,
+    logits_workload,
     rows_contiguous,
     tile_maxima,
     tiling,
@@ -64,5 +64,19 @@ def aot_cases() -> list[AotCase]:
 
 def workloads() -> list[Workload]:
     """Decode batches over a Llama 3 vocabulary."""
-    because = "one read of the logits; a row is cut into tiles to fill the GPU"
-    return batch_workloads("greedy", 1, 0.7, because)
+    sizes = (
+        (1, "two launches, each a load deep"),
+        (256, "one read of the logits; a row is cut into tiles to fill the GPU"),
+    )
+    return [
+        logits_workload(
+            "greedy",
+            ("tile_max", "greedy"),
+            rows=rows,
+            passes=1,
+            share=0.7,
+            because=because,
+            latency_us=4.0,
+        )
+        for rows, because in sizes
+    ]

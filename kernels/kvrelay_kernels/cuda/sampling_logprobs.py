@@ -9,7 +9,7 @@ from kvrelay_kernels.cuda.sampling_tiles import (
     LOGITS,
     POINTERS,
     WIDE_LOADS,
-    batch_workloads,
+    logits_workload,
     rows_contiguous,
 )
 from kvrelay_kernels.reference.sampling import TokenLogprobs, most_likely
@@ -99,5 +99,19 @@ def aot_cases() -> list[AotCase]:
 
 def workloads() -> list[Workload]:
     """Decode batches over a Llama 3 vocabulary."""
-    because = "one read for the sum, one for rank and the largest"
-    return batch_workloads("token_logprobs", 2, 0.6, because)
+    sizes = (
+        (1, "one program walks 32 blocks of the row, a load deep each"),
+        (256, "one read for the sum, one for rank and the largest"),
+    )
+    return [
+        logits_workload(
+            "token_logprobs",
+            ("logprobs",),
+            rows=rows,
+            passes=2,
+            share=0.6,
+            because=because,
+            latency_us=25.0,
+        )
+        for rows, because in sizes
+    ]

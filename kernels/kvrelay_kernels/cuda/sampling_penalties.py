@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvrelay_kernels.cuda.registry import AotCase
+from kvrelay_kernels.cuda.registry import AotCase, Workload
 
 
 @triton.jit
@@ -83,4 +83,25 @@ def aot_cases() -> list[AotCase]:
             divisible=("logits", "token_ids", "pair_rows", "output_counts"),
             options={"enable_fp_fusion": False},
         ),
+    ]
+
+
+def workloads() -> list[Workload]:
+    """Sequences that hold 512 distinct tokens each."""
+    distinct = 512
+    return [
+        Workload(
+            op="apply_penalties",
+            kernels=("penalties",),
+            shape=f"{rows} x {distinct} tokens",
+            # Token and row of 8 bytes, a count, a logit in and out; three factors a row.
+            bytes=28 * rows * distinct + 12 * rows,
+            flops=5 * rows * distinct,
+            expected_share=0.2,
+            because="every logit is alone in its 32-byte sector"
+            if rows > 1
+            else "14 KB: nothing but its launch",
+            dtype="float32",
+        )
+        for rows in (1, 256)
     ]

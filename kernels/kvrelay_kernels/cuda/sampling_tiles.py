@@ -108,17 +108,25 @@ def aot_cases() -> list[AotCase]:
     ]
 
 
-def batch_workloads(op: str, passes: int, share: float, because: str) -> list[Workload]:
-    """Decode batches of 1 and 256 rows that move `passes` times the float32 logits."""
-    return [
-        Workload(
-            op=op,
-            shape=f"{rows} x {VOCABULARY}",
-            bytes=passes * rows * VOCABULARY * 4,
-            flops=8 * rows * VOCABULARY,
-            expected_share=share if rows > 1 else 0.1,
-            because=because if rows > 1 else "half a megabyte: the launches outlast the loads",
-            dtype="float32",
-        )
-        for rows in (1, 256)
-    ]
+def logits_workload(
+    op: str,
+    kernels: tuple[str, ...],
+    *,
+    rows: int,
+    passes: int,
+    share: float,
+    because: str,
+    latency_us: float,
+) -> Workload:
+    """A decode batch of `rows` rows that moves `passes` times its float32 logits."""
+    return Workload(
+        op=op,
+        kernels=kernels,
+        shape=f"{rows} x {VOCABULARY}",
+        bytes=passes * rows * VOCABULARY * 4,
+        flops=8 * rows * VOCABULARY,
+        expected_share=share,
+        because=because,
+        dtype="float32",
+        latency_us=latency_us,
+    )

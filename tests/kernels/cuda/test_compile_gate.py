@@ -9,6 +9,7 @@ from triton.runtime import JITFunction
 from kvrelay_bench.compile_gate.run import run_compile_gate
 from kvrelay_kernels.cuda.compile import blocks_per_sm, compile_case
 from kvrelay_kernels.cuda.registry import (
+    LAUNCH_US,
     AotCase,
     Expect,
     all_cases,
@@ -114,6 +115,11 @@ def test_the_command_writes_what_was_compiled_and_the_floors(tmp_path, capsys):
         run_compile_gate(SimpleNamespace(only="nothing", out=out))
 
 
+def test_every_kernel_is_part_of_a_workload():
+    named = {name for workload in all_workloads() for name in workload.kernels}
+    assert named == {case.name for case in all_cases()}
+
+
 def test_workloads_are_possible():
     workloads = all_workloads()
     assert workloads
@@ -122,3 +128,4 @@ def test_workloads_are_possible():
         assert workload.flops >= 0
         assert 0 < workload.expected_share <= 1
         assert workload.because
+        assert workload.latency_us >= LAUNCH_US
