@@ -1,13 +1,15 @@
 """The projections of a model: weights in the layout of whichever kernel multiplies them.
 
     out = x @ weight.T + bias
-    int8:  weight[n, k] ~ scale[n] * q[n, k],  q = round(weight / scale),  scale[n] = max|weight[n]| / 127
+    int8:   weight[n, k] ~ scale[n] * q[n, k],  q = round(weight / scale),  scale[n] = max|weight[n]| / 127
+    int16:  weight[n, k] ~ scale[n, k // 64] * q[n, k],  scale[n, b] = max|weight[n, 64 b : 64 b + 64]| / 5792
 
-On a CPU the weights are packed once into tiles (cpu/linear.cpp) and activations are float32 whatever
-the weights are stored in; on a GPU they stay as they are and the vendor's library multiplies.
+On a CPU the weights are packed once into tiles (cpu/linear.hpp) and activations are float32 whatever
+the weights are stored in; on a GPU they stay as they are and the vendor's library multiplies. int16 is
+how bfloat16 weights are packed for CPUs whose 16-bit dot products outrun float32 (docs/adr/0012).
 
-Source of the quantisation: symmetric per-channel weights as in Jacob et al., 2018 (arXiv:1712.05877),
-here with activations left (nearly) as they are.
+Sources: symmetric per-channel weights as in Jacob et al., 2018 (arXiv:1712.05877), here with activations
+left (nearly) as they are; block floating point as in Wilkinson, Rounding Errors in Algebraic Processes, 1963.
 """
 
 from collections.abc import Sequence
@@ -28,11 +30,11 @@ class LinearWeights:
     outputs: int
     width: int
     dtype: torch.dtype
-    """What the weights are stored in: float32, bfloat16, float16 or int8."""
+    """What the weights are stored in: float32, bfloat16, float16, int8 or int16."""
     data: torch.Tensor
     """Packed bytes if `library` is set, else `[outputs, width]`."""
     scale: torch.Tensor | None
-    """`[outputs]` float32, int8 only."""
+    """float32: `[outputs]` for int8, `[tiles, blocks, 32]` for int16, else None."""
     bias: torch.Tensor | None
     """`[outputs]`, dtype of the activations."""
     library: CpuLibrary | None
@@ -67,7 +69,7 @@ def pack_linear(
     Args:
         parts: `[rows, width]` each, contiguous, of one dtype (float32, bfloat16 or float16), in host memory.
         device: where `linear` will run.
-        dtype: what to store them in; int8 quantises.
+        dtype: what to store them in; int8 quantises, bfloat16 may be packed as int16 (module docstring).
         bias: `[outputs]` in the dtype of the activations, on the device.
 
     Raises:
@@ -85,8 +87,9 @@ def pack_linear(
         # The kernels take one source format a call; a checkpoint that mixes them is rare.
         kinds = {part.dtype for part in parts}
         sources = [part.contiguous() if len(kinds) == 1 else part.float() for part in parts]
-        data, scale = cpu.pack(library, sources, dtype)
-        return LinearWeights(outputs, width, dtype, data, scale, bias, library)
+        stored = torch.int16 if dtype == torch.bfloat16 and library.prefers_int16 else dtype
+        data, scale = cpu.pack(library, sources, stored)
+        return LinearWeights(outputs, width, stored, data, scale, bias, library)
     stacked = torch.empty(
         (outputs, width), dtype=torch.float32 if dtype == torch.int8 else dtype, device=device
     )

@@ -15,7 +15,13 @@ from kvrelay_kernels.cpu.build import NoCompiler, build_library
 
 log = logging.getLogger(__name__)
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FORMATS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.int16: 4,
+}
 """How the C++ side numbers storage formats (`Format` in ops.hpp)."""
 
 
@@ -100,6 +106,11 @@ class CpuLibrary:
             found.restype = None
             self._functions[kind] = found
         return found
+
+    @functools.cached_property
+    def prefers_int16(self) -> bool:
+        """Whether this CPU multiplies bfloat16 weights faster as 16-bit integers with block scales."""
+        return bool(self._handle.kvr_prefers_int16())
 
     def set_threads(self, threads: int) -> None:
         """How many threads an op uses, the caller included; at least 1."""

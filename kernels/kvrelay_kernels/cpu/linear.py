@@ -1,4 +1,4 @@
-"""ctypes side of linear.cpp."""
+"""ctypes side of linear.cpp and pack_linear.cpp."""
 
 import ctypes
 from collections.abc import Sequence
@@ -10,7 +10,10 @@ from kvrelay_kernels.cpu.library import FORMATS, Count, CpuLibrary, OpArgs
 from kvrelay_kernels.cpu.memory import huge_tensor
 
 TILE = 32
-"""Outputs a tile of the packed layout; linear.cpp describes it."""
+"""Outputs a tile of the packed layout; linear.hpp describes it."""
+
+INT16_BLOCK = 64
+"""Inputs that share a scale in the int16 layout (`Int16Blocks` in linear.hpp)."""
 
 
 class LinearArgs(OpArgs):
@@ -52,17 +55,21 @@ class PackLinearArgs(OpArgs):
 def pack(
     library: CpuLibrary, parts: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Packed weights, and the scale of each output where `dtype` is int8.
+    """Packed weights, and their scales where `dtype` is int8 or int16.
 
     Args:
         library: the compiled kernels.
         parts: `[rows, width]` each, contiguous, on the CPU, one dtype; stacked along the outputs.
-        dtype: float32, float16, bfloat16 or int8.
+        dtype: float32, float16, bfloat16, int8 or int16.
+
+    Returns:
+        The packed bytes, and float32 scales: `[outputs]` for int8, `[tiles, blocks, TILE]` for int16.
     """
     outputs, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
     padded = -(-outputs // TILE) * TILE
     packed = huge_tensor(padded * width * dtype.itemsize)
-    scale = torch.empty(outputs, dtype=torch.float32) if dtype == torch.int8 else None
+    shapes = {torch.int8: (outputs,), torch.int16: (padded // TILE, -(-width // INT16_BLOCK), TILE)}
+    scale = torch.empty(shapes[dtype], dtype=torch.float32) if dtype in shapes else None
     library.run(
         PackLinearArgs(
             parts=len(parts),
@@ -81,7 +88,7 @@ def pack(
 
 def unpack(packed: torch.Tensor, dtype: torch.dtype, outputs: int, width: int) -> torch.Tensor:
     """The stored numbers again as `[outputs, width]`."""
-    if dtype in {torch.bfloat16, torch.int8}:
+    if dtype in {torch.bfloat16, torch.int8, torch.int16}:
         tiles = packed.view(dtype).view(-1, width // 2, TILE, 2).permute(0, 2, 1, 3)
     else:
         tiles = packed.view(dtype).view(-1, width, TILE).permute(0, 2, 1)

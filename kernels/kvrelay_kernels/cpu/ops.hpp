@@ -15,7 +15,7 @@ struct Count {
 };
 
 // Storage formats, numbered as in `library.py`.
-enum Format : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+enum Format : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt16 = 4 };
 
 }  // namespace kvr
 

@@ -2,6 +2,7 @@
 // intrinsics appear only where an instruction has no portable spelling.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -122,6 +123,22 @@ static inline void store_f32(float16* to, f32x16 value) {
 #endif
 }
 
+// Rounded to nearest, halves to even; within the range of To.
+static inline void store_rounded(int16_t* to, f32x16 value) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)value)));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = int16_t(std::nearbyintf(value[i]));
+#endif
+}
+static inline void store_rounded(int8_t* to, f32x16 value) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)value)));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = int8_t(std::nearbyintf(value[i]));
+#endif
+}
+
 static inline void store_one(float* to, float value) { *to = value; }
 static inline void store_one(bfloat16* to, float value) {
   bfloat16 lanes[kLanes];
@@ -132,5 +149,36 @@ static inline void store_one(float16* to, float value) {
   _Float16 half = (_Float16)value;
   std::memcpy(to, &half, sizeof half);
 }
+
+// ---- dot products of pairs of 16-bit integers: lane i holds two neighbouring inputs of output i
+
+#if defined(__AVX512BW__)
+typedef __m512i pairs16;
+static inline pairs16 load_pairs(const int8_t* from) { return _mm512_cvtepi8_epi16(load<__m256i>(from)); }
+static inline pairs16 load_pairs(const int16_t* from) { return load<__m512i>(from); }
+static inline pairs16 splat_pair(const int16_t* from) { return _mm512_set1_epi32(load<int32_t>(from)); }
+static inline i32x16 dot_pairs(pairs16 a, pairs16 b, i32x16 sum) {
+#if defined(__AVX512VNNI__)
+  return (i32x16)_mm512_dpwssd_epi32((__m512i)sum, a, b);
+#else
+  return sum + (i32x16)_mm512_madd_epi16(a, b);
+#endif
+}
+#else
+struct pairs16 {
+  i32x16 even, odd;
+};
+template <class T>
+static inline pairs16 load_pairs(const T* from) {
+  pairs16 value;
+  for (int i = 0; i < kLanes; ++i) {
+    value.even[i] = from[2 * i];
+    value.odd[i] = from[2 * i + 1];
+  }
+  return value;
+}
+static inline pairs16 splat_pair(const int16_t* from) { return {i32x16{} + from[0], i32x16{} + from[1]}; }
+static inline i32x16 dot_pairs(pairs16 a, pairs16 b, i32x16 sum) { return sum + a.even * b.even + a.odd * b.odd; }
+#endif
 
 }  // namespace kvr

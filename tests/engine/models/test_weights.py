@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny_model, tiny_model
 
 from kvrelay_engine.models.weights import load_model_config, load_weights
-from kvrelay_kernels.linear import activation_dtype
+from kvrelay_kernels.linear import activation_dtype, pack_linear
 from kvrelay_protocol.errors import InvalidModel, UnsupportedModel
 
 CPU = torch.device("cpu")
@@ -74,7 +74,8 @@ def test_weights_are_cast(dtype):
     bias = cast.layers[0].qkv.bias
     assert bias is not None
     assert bias.dtype == activation_dtype(CPU, dtype)
-    assert torch.equal(cast.layers[1].down.dense(), wide.layers[1].down.dense().to(dtype))
+    packed = pack_linear([wide.layers[1].down.dense()], device=CPU, dtype=dtype)
+    assert torch.equal(cast.layers[1].down.dense(), packed.dense())
 
 
 @pytest.mark.parametrize("family", ["llama2", "qwen3"])
