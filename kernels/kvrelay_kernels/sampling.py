@@ -61,6 +61,10 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
         from kvrelay_kernels.cuda.sampling_greedy import greedy_cuda
 
         return greedy_cuda(logits)
+    if (library := native(logits)) is not None:
+        from kvrelay_kernels.cpu.sampling import greedy_cpu
+
+        return greedy_cpu(library, logits)
     return greedy_reference(logits)
 
 

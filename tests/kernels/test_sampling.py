@@ -10,7 +10,11 @@ from kvrelay_engine.sampler.philox import uniforms as host_uniforms
 from kvrelay_kernels import sampling as op
 from kvrelay_kernels.cpu.library import cpu_library
 from kvrelay_kernels.reference import sampling as reference
-from kvrelay_kernels.reference.sampling import integer_weights, sample_reference
+from kvrelay_kernels.reference.sampling import (
+    greedy_reference,
+    integer_weights,
+    sample_reference,
+)
 
 
 def params(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5):
@@ -179,6 +183,19 @@ def test_every_dtype_of_logits_is_taken(dtype):
     logits = torch.tensor([[0.0, 8.0, 0.0]], dtype=dtype)
     assert op.sample(logits, **params(1)).tolist() == [1]
     assert op.greedy(logits).tolist() == [1]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 17, 300, 5003])
+def test_greedy_matches_the_reference(vocabulary):
+    logits = torch.randn(9, vocabulary)
+    logits[2] = logits[2].round()  # many equals
+    logits[3], logits[4] = float("-inf"), 0.0
+    logits[5, vocabulary // 2 :] = 7.0
+    expected = greedy_reference(logits)
+    assert torch.equal(op.greedy(logits), expected)
+    wide = torch.full((9, vocabulary + 5), 100.0)
+    wide[:, 2 : 2 + vocabulary] = logits
+    assert torch.equal(op.greedy(wide[:, 2 : 2 + vocabulary]), expected)
 
 
 def test_a_tiny_temperature_is_greedy():

@@ -1,4 +1,4 @@
-"""ctypes side of sampling.cpp."""
+"""ctypes side of sampling.cpp and greedy.cpp."""
 
 import ctypes
 from typing import ClassVar
@@ -6,6 +6,19 @@ from typing import ClassVar
 import torch
 
 from kvrelay_kernels.cpu.library import Count, CpuLibrary, OpArgs
+
+
+class GreedyArgs(OpArgs):
+    """Mirror of `kvr::greedy_args`."""
+
+    op = "greedy"
+    _fields_: ClassVar = [
+        ("rows", Count),
+        ("vocabulary", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+    ]
 
 
 class SampleArgs(OpArgs):
@@ -38,6 +51,22 @@ class IntegerWeightsArgs(OpArgs):
         ("temperature", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
     ]
+
+
+def greedy_cpu(library: CpuLibrary, logits: torch.Tensor) -> torch.Tensor:
+    """`kvrelay_kernels.sampling.greedy` of float32 logits with contiguous rows."""
+    rows, vocabulary = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    library.run(
+        GreedyArgs(
+            rows=Count(rows, None),
+            vocabulary=vocabulary,
+            logits=logits.data_ptr(),
+            stride=logits.stride(0),
+            tokens=tokens.data_ptr(),
+        )
+    )
+    return tokens
 
 
 def sample_cpu(
