@@ -22,6 +22,7 @@ from kvrelay_kernels.silu_mul import silu_mul
 Call = Callable[[], torch.Tensor]
 
 BLOCK_SIZE = 16
+_PROMPT_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +66,28 @@ def plan(only: str = "all", *, smoke: bool = False) -> list[Case]:
 def _attention(*, smoke: bool) -> list[Case]:
     if smoke:
         return [attention_case("decode", MODELS["tiny"], [1, 1], [40, 300])]
-    small, large = MODELS["135m"], MODELS["0.5b"]
+    model, small = MODELS["0.5b"], MODELS["135m"]
     wide = ModelShape(4096, 1, 32, 8, 128, 14336, 128)
     mixed = [8192, *[256] * 15]
     return [
         *(
             attention_case("decode", shape, [1] * batch, [context] * batch)
-            for shape in (small, large, wide)
-            for batch, context in ((1, 128), (1, 4096), (8, 1024), (32, 1024))
+            for shape, batch, context in (
+                (model, 1, 128),
+                (model, 1, 4096),
+                (model, 8, 1024),
+                (model, 32, 1024),
+                (small, 8, 1024),
+                (wide, 8, 1024),
+            )
         ),
-        attention_case("decode", large, [1] * len(mixed), mixed),
+        attention_case("decode", model, [1] * len(mixed), mixed),
         *(
             attention_case("prefill", shape, [tokens], [context])
             for shape, tokens, context in (
-                (small, 128, 128),
-                (small, 1024, 1024),
-                (small, 4096, 4096),
-                (large, 128, 128),
-                (large, 1024, 1024),
-                (large, 512, 4096),
+                (model, 128, 128),
+                (model, 1024, 1024),
+                (model, 512, 4096),
                 (wide, 1024, 1024),
             )
         ),
@@ -159,11 +163,19 @@ def _grouped(query_lens: Sequence[int], context_lens: Sequence[int]) -> str:
 def _linear(*, smoke: bool) -> list[Case]:
     if smoke:
         return [linear_case(2, 64, 96, torch.bfloat16), linear_case(3, 64, 96, torch.int8)]
+    model = MODELS["0.5b"]
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     return [
         linear_case(rows, width, outputs, dtype)
-        for width, outputs in ((576, 3072), (1280, 7168), (3584, 1280))
+        for width, outputs, batches in (
+            (model.hidden_size, qkv, (1, 8, 32, 512)),
+            (model.hidden_size, 2 * model.intermediate_size, (1, 8, 32, 512)),
+            (model.intermediate_size, model.hidden_size, (1, 8, 32, 512)),
+            # Of the head, only the last token of each sequence.
+            (model.hidden_size, model.vocab_size, (1, 8, 32)),
+        )
         for dtype in (torch.bfloat16, torch.int8)
-        for rows in (1, 8, 32, 512)
+        for rows in batches
     ]
 
 
@@ -189,7 +201,8 @@ def linear_case(rows: int, width: int, outputs: int, dtype: torch.dtype) -> Case
         f"{rows} x {width} -> {outputs}, {name}",
         weight_bytes + 4 * rows * (width + outputs),
         2 * rows * width * outputs,
-        weight_bytes,
+        # The multiplications of a prompt take longer than reading the weights from anywhere.
+        weight_bytes if rows < _PROMPT_ROWS else 0,
         make,
     )
 

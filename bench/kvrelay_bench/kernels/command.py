@@ -28,7 +28,8 @@ COMMAND = Command(
         OUT,
     ),
     _run,
-    epilog="Weights and KV rotate through more memory than the last-level cache holds, as the layers\n"
+    epilog="Shapes of the 0.5b benchmark model in blocks of 16 tokens; about two minutes on two cores.\n"
+    "Weights and KV rotate through more memory than the last-level cache holds, as the layers\n"
     "of a model do; activations stay in the caches. Ours are called as the engine calls them, from a\n"
     "recording, and torch's from Python.",
 )  # fmt: skip
