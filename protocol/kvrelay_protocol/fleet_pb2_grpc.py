@@ -47,6 +47,7 @@ class FleetServicer:
     def Join(self, request_iterator, context):
         """Upward: hello first, then heartbeats and one StepOutput per engine step.
         Downward: welcome or refused first, then work. A broken stream is a lost worker.
+        After these first ones a message may hold several, in the order in which they would have come.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

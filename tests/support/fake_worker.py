@@ -23,6 +23,8 @@ import grpc.aio
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc
+from kvrelay_protocol.outgoing import Outgoing, each
+from kvrelay_protocol.versions import JOIN_VERSION
 
 BLOCK_SIZE = 16
 LAYOUT = pb.KvLayout(
@@ -103,7 +105,7 @@ class FakeWorker:
         """The stream is over, whoever ended it."""
         self.load = pb.Load(total_blocks=blocks, free_blocks=blocks, prefill_tokens_per_second=1000)
         self.hello = pb.Hello(
-            protocol_version=1,
+            protocol_version=JOIN_VERSION,
             software_version="0",
             worker_name=name,
             incarnation=secrets.randbits(64),
@@ -120,7 +122,7 @@ class FakeWorker:
             change_hello(self.hello)
         self._fabric = fabric or FakeFabric()
         self._heartbeat_s = heartbeat_s
-        self._outgoing: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue()
+        self._outgoing = Outgoing(pb.WorkerMessage, 1 << 16)
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self._call: grpc.aio.StreamStreamCall | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,7 +136,6 @@ class FakeWorker:
         self._call = fleet_pb2_grpc.FleetStub(self._channel).Join(self._requests())
         self._spawn(self._receive())
         self._spawn(self._heartbeats())
-        self._outgoing.put_nowait(pb.WorkerMessage(hello=self.hello))
         await asyncio.wait_for(self._welcome.wait(), 10)
         return self
 
@@ -159,7 +160,7 @@ class FakeWorker:
 
     def send(self, message: pb.WorkerMessage) -> None:
         if not self._frozen:
-            self._outgoing.put_nowait(message)
+            self._outgoing.put(message)
 
     def report(self, **fields: int) -> None:
         """Send a heartbeat with these load fields changed from now on."""
@@ -182,8 +183,9 @@ class FakeWorker:
     # ---- the worker
 
     async def _requests(self) -> AsyncIterator[pb.WorkerMessage]:
-        while True:
-            yield await self._outgoing.get()
+        yield pb.WorkerMessage(hello=self.hello)
+        while (message := await self._outgoing.next()) is not None:
+            yield message
 
     async def _heartbeats(self) -> None:
         while True:
@@ -194,10 +196,8 @@ class FakeWorker:
         assert self._call is not None
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
             async for message in self._call:
-                if self._frozen:
-                    continue
-                self.seen.append(message)
-                self._obey(message)
+                if not self._frozen:
+                    each(message, self._obey)
         for task in self._sequences.values():
             task.cancel()
         self.open.clear()
@@ -205,6 +205,7 @@ class FakeWorker:
         self._welcome.set()
 
     def _obey(self, message: pb.RouterMessage) -> None:
+        self.seen.append(message)
         match _kind(message):
             case "welcome":
                 self._welcome.set()

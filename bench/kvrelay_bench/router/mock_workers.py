@@ -23,8 +23,10 @@ from kvrelay_bench.router.loop import run
 from kvrelay_bench.router.workload import Workload, answer_ids
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc
+from kvrelay_protocol.outgoing import Outgoing, each
 from kvrelay_protocol.versions import JOIN_VERSION
 
+_MAX_QUEUED = 1 << 16
 _BLOCKS = 1 << 24  # room is never what is measured here
 _LAYOUT = pb.KvLayout(
     model_fingerprint="mock",
@@ -96,17 +98,23 @@ class _Worker:
             device="mock",
             load=self.load,
         )
-        self._outgoing: asyncio.Queue[tuple[pb.WorkerMessage, Callable[[int], None] | None]] = (
-            asyncio.Queue()
-        )
+        self._outgoing = Outgoing(pb.WorkerMessage, _MAX_QUEUED)
+        self._stamps: list[Callable[[int], None]] = []
+        """Of messages in line."""
+        self._all_sent = asyncio.Event()
+        self._all_sent.set()
 
     def send(self, message: pb.WorkerMessage, stamp: Callable[[int], None] | None = None) -> None:
         """Queue a message; `stamp` gets the time at which it is handed to gRPC."""
-        self._outgoing.put_nowait((message, stamp))
+        self._all_sent.clear()
+        if not self._outgoing.put(message):
+            raise RuntimeError(f"the router left {_MAX_QUEUED} messages unread")
+        if stamp is not None:
+            self._stamps.append(stamp)
 
     async def sent(self) -> None:
         """Wait until everything queued was taken."""
-        await self._outgoing.join()
+        await self._all_sent.wait()
 
     async def serve(self, address: str, handle: Callable[[pb.RouterMessage, int], None]) -> None:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -115,18 +123,22 @@ class _Worker:
             tasks = [asyncio.create_task(self._write(call)), asyncio.create_task(self._beat())]
             try:
                 async for message in call:
-                    handle(message, time.monotonic_ns())
+                    at = time.monotonic_ns()
+                    each(message, lambda part, at=at: handle(part, at))  # type: ignore[misc]
             finally:
                 for task in tasks:
                     task.cancel()
 
     async def _write(self, call: Any) -> None:
-        while True:
-            message, stamp = await self._outgoing.get()
-            if stamp is not None:
-                stamp(time.monotonic_ns())
+        while (message := await self._outgoing.next()) is not None:
+            at = time.monotonic_ns()
+            # All of them are in this message: a batch of mock messages is never too large for one.
+            for stamp in self._stamps:
+                stamp(at)
+            self._stamps.clear()
             await call.write(message)
-            self._outgoing.task_done()
+            if not len(self._outgoing):
+                self._all_sent.set()
 
     async def _beat(self) -> None:
         while True:

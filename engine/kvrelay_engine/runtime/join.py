@@ -10,6 +10,7 @@ import grpc
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc as rpc
 from kvrelay_protocol.errors import StartupError, WireError, error_from_wire
+from kvrelay_protocol.outgoing import Outgoing, each
 
 log = logging.getLogger(__name__)
 
@@ -48,28 +49,6 @@ class JoinHandler(Protocol):
         """The router is gone, and with it every owner: drop all sequences and leases."""
 
 
-class _Outbox:
-    """What one session has still to say. `close` lets the stream end once everything is said."""
-
-    def __init__(self, hello: pb.WorkerMessage) -> None:
-        self._queue: asyncio.Queue[pb.WorkerMessage | None] = asyncio.Queue()
-        self._queue.put_nowait(hello)
-
-    def put(self, message: pb.WorkerMessage) -> bool:
-        """Returns whether there was room."""
-        if self._queue.qsize() >= MAX_QUEUED:
-            return False
-        self._queue.put_nowait(message)
-        return True
-
-    def close(self) -> None:
-        self._queue.put_nowait(None)
-
-    async def messages(self) -> AsyncIterator[pb.WorkerMessage]:
-        while (message := await self._queue.get()) is not None:
-            yield message
-
-
 class JoinLink:
     """Keeps one worker joined to one router. `send` never blocks; what can't be delivered is dropped
     with the stream, since the router has then given up everything this worker ran.
@@ -79,7 +58,8 @@ class JoinLink:
         self._router = router
         self._handler = handler
         self._heartbeat_s = heartbeat_s
-        self._outbox: _Outbox | None = None
+        self._outgoing: Outgoing[pb.WorkerMessage] | None = None
+        """What the session in progress has still to say."""
         self._patience = asyncio.timeout(None)
         """Of the session in progress; set to now, it ends the session."""
         self._leaving = False
@@ -87,8 +67,8 @@ class JoinLink:
 
     def send(self, message: pb.WorkerMessage) -> None:
         """Queue a message in order; dropped when no router is connected."""
-        if self._outbox is not None and not self._outbox.put(message):
-            self._outbox = None
+        if self._outgoing is not None and not self._outgoing.put(message):
+            self._outgoing = None
             self._patience.reschedule(asyncio.get_running_loop().time())
 
     def leave(self) -> None:
@@ -96,9 +76,9 @@ class JoinLink:
         has read it all, or at once when there is no router.
         """
         self._leaving = True
-        if self._outbox is not None:
-            self._outbox.close()
-            self._outbox = None
+        if self._outgoing is not None:
+            self._outgoing.close()
+            self._outgoing = None
 
     async def run(self, on_joined: Callable[[], None]) -> None:
         """Stay joined until cancelled, or until `leave`.
@@ -133,14 +113,15 @@ class JoinLink:
             self._patience,
             grpc.aio.insecure_channel(self._router, options=_CHANNEL_OPTIONS) as channel,
         ):
-            outbox = self._outbox = _Outbox(pb.WorkerMessage(hello=self._handler.hello()))
-            call = rpc.FleetStub(channel).Join(outbox.messages())
+            outgoing = self._outgoing = Outgoing(pb.WorkerMessage, MAX_QUEUED)
+            hello = pb.WorkerMessage(hello=self._handler.hello())
+            call = rpc.FleetStub(channel).Join(_said(hello, outgoing))
             heartbeat = asyncio.create_task(self._heartbeats())
             try:
                 async for message in call:
-                    self._receive(message, on_joined)
+                    each(message, lambda part: self._receive(part, on_joined))
             finally:
-                self._outbox = None
+                self._outgoing = None
                 heartbeat.cancel()
                 call.cancel()
 
@@ -162,3 +143,12 @@ class JoinLink:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             self.send(pb.WorkerMessage(heartbeat=pb.Heartbeat(load=self._handler.heartbeat())))
+
+
+async def _said(
+    hello: pb.WorkerMessage, outgoing: Outgoing[pb.WorkerMessage]
+) -> AsyncIterator[pb.WorkerMessage]:
+    """A session from this side. The hello goes alone: it says in which version the rest is meant."""
+    yield hello
+    while (message := await outgoing.next()) is not None:
+        yield message

@@ -12,6 +12,7 @@ import grpc.aio
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc
 from kvrelay_protocol.errors import KvrelayError, PortInUse, error_to_wire
+from kvrelay_protocol.outgoing import each
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import WorkerRegistry
 from kvrelay_router.fleet.worker_link import WorkerLink
@@ -98,8 +99,11 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         return link.lost.result() if link.lost.done() else None
 
     async def _read(self, link: WorkerLink, requests: AsyncIterator[pb.WorkerMessage]) -> None:
-        async for message in requests:
+        def received(message: pb.WorkerMessage) -> None:
             self._registry.received(link, message)
+
+        async for message in requests:
+            each(message, received)
 
 
 async def _hello(requests: AsyncIterator[pb.WorkerMessage]) -> pb.Hello | None:
@@ -109,8 +113,8 @@ async def _hello(requests: AsyncIterator[pb.WorkerMessage]) -> pb.Hello | None:
 
 
 async def _write(link: WorkerLink, context: _Call) -> None:
-    while True:
-        await context.write(await link.next_outgoing())
+    while (message := await link.next_outgoing()) is not None:
+        await context.write(message)
 
 
 def _refused(error: KvrelayError) -> pb.RouterMessage:

@@ -3,6 +3,7 @@
 import asyncio
 
 from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.outgoing import Outgoing
 from kvrelay_router.requests.placement import Role, WorkerState, blocks_needed
 
 OUTGOING_LIMIT = 4096
@@ -79,7 +80,7 @@ class WorkerLink:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolved, with the reason, by the registry alone."""
         self.overflowed = False
-        self._outgoing: asyncio.Queue[pb.RouterMessage] = asyncio.Queue(OUTGOING_LIMIT)
+        self._outgoing = Outgoing(pb.RouterMessage, OUTGOING_LIMIT)
 
     def send(self, message: pb.RouterMessage) -> bool:
         """Put a message in line; never waits.
@@ -87,15 +88,12 @@ class WorkerLink:
         Returns:
             Whether there was room. Where there was none, the worker must be given up.
         """
-        try:
-            self._outgoing.put_nowait(message)
-        except asyncio.QueueFull:
-            self.overflowed = True
-            return False
-        return True
+        self.overflowed = not self._outgoing.put(message)
+        return not self.overflowed
 
-    async def next_outgoing(self) -> pb.RouterMessage:
-        return await self._outgoing.get()
+    async def next_outgoing(self) -> pb.RouterMessage | None:
+        """What is to be written next: one message, or a batch of those in line."""
+        return await self._outgoing.next()
 
     def dispatch(self, sequence_id: int, tokens: int) -> None:
         """Account for a sequence that was just submitted."""

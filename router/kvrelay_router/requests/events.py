@@ -51,6 +51,8 @@ class SequenceStarted:
     sequence_id: int
     worker: str
     cached_tokens: int
+    queue_seconds: float
+    """From its dispatch, by the worker's clock: the message itself may come later."""
 
 
 @dataclass(frozen=True, slots=True)

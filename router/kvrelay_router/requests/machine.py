@@ -339,7 +339,8 @@ class RequestMachine:
         computes_prompt = run.path.prefill_worker or run.path.decode_worker
         if event.worker != computes_prompt:
             return []
-        run.started_at = event.at
+        # Not when it was heard of: the report waits for company on its way.
+        run.started_at = min(event.at, run.placed_at + event.queue_seconds)
         self._advance(State.PREFILLING)
         return self._start(event.cached_tokens)
 

@@ -27,7 +27,13 @@ def worker_event(at: float, worker: str, message: pb.WorkerMessage) -> events.Wo
     match message.WhichOneof("message"):
         case "sequence_started":
             started = message.sequence_started
-            return events.SequenceStarted(at, started.sequence_id, worker, started.cached_tokens)
+            return events.SequenceStarted(
+                at,
+                started.sequence_id,
+                worker,
+                started.cached_tokens,
+                started.queue_seconds,
+            )
         case "sequence_failed":
             failed = message.sequence_failed
             error = error_from_wire(WireError(failed.error.code, failed.error.message))

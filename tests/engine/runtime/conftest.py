@@ -8,6 +8,7 @@ import pytest
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc as rpc
+from kvrelay_protocol.outgoing import each
 
 WELCOME = pb.RouterMessage(welcome=pb.Welcome(router_id="r", heartbeat_seconds=0.01))
 PINGS_ALLOWED = [
@@ -52,7 +53,7 @@ class FakeRouter(rpc.FleetServicer):
 
         async def read():
             async for message in requests:
-                session.received.append(message)
+                each(message, session.received.append)
                 if self.deaf:
                     await asyncio.Event().wait()
             session.say.put_nowait(None)

@@ -110,8 +110,13 @@ async def test_leaving_without_a_router_ends_at_once(router, link, until):
     await asyncio.wait_for(link.task, 20)
 
 
-async def test_a_router_that_does_not_read_is_lost_not_waited_for(router, link, until, monkeypatch):
+@pytest.fixture
+def short_queue(monkeypatch):
+    """For links made after it."""
     monkeypatch.setattr(join, "MAX_QUEUED", 100)
+
+
+async def test_a_router_that_does_not_read_is_lost_not_waited_for(router, short_queue, link, until):
     router.deaf = True
     await link.joined.wait()
     big = pb.WorkerMessage(kv_missing=pb.KvMissing(messages=range(100_000)))

@@ -11,6 +11,7 @@ from fake_worker import FakeWorker
 
 from kvrelay_protocol import errors, fleet_pb2_grpc
 from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.versions import JOIN_VERSION
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet import registry as registry_module
 from kvrelay_router.fleet.registry import WorkerRegistry
@@ -91,7 +92,7 @@ def _set(**fields: object) -> Callable[[pb.Hello], None]:
         (lambda hello: None, "invalid_api_key", ["join_token"]),
         (_set(join_token="open sesamE"), "invalid_api_key", ["join_token"]),
         (_set(join_token="ünïcode"), "invalid_api_key", ["join_token"]),
-        (_set(protocol_version=2), "layout_mismatch", ["protocol_version", "2", "1"]),
+        (_set(protocol_version=1), "layout_mismatch", ["protocol_version", "1", "2"]),
         (_set(model="other"), "layout_mismatch", ["model", "'other'", "'demo'"]),
         (_set(transport="ucx"), "layout_mismatch", ["transport", "'ucx'", "'inproc'", "d0"]),
         (_set(kv_dtype="bfloat16"), "layout_mismatch", ["kv_layout.dtype", "bfloat16", "float32"]),
@@ -162,7 +163,9 @@ async def test_silence_starts_at_three_seconds() -> None:
 async def test_router_that_slept_does_not_blame_its_workers() -> None:
     now = 0.0
     registry = WorkerRegistry(CONFIG, clock=lambda: now)
-    hello = pb.Hello(protocol_version=1, worker_name="d0", role=pb.ROLE_DECODE, model="demo")
+    hello = pb.Hello(
+        protocol_version=JOIN_VERSION, worker_name="d0", role=pb.ROLE_DECODE, model="demo"
+    )
     registry.join(hello)
     now = 60.0
     registry.sweep()
@@ -176,7 +179,9 @@ async def test_router_that_slept_does_not_blame_its_workers() -> None:
 async def test_worker_that_does_not_read_is_given_up_and_never_waited_for() -> None:
     registry = WorkerRegistry(CONFIG)
     registry.listener = heard = Recorder()
-    hello = pb.Hello(protocol_version=1, worker_name="d0", role=pb.ROLE_DECODE, model="demo")
+    hello = pb.Hello(
+        protocol_version=JOIN_VERSION, worker_name="d0", role=pb.ROLE_DECODE, model="demo"
+    )
     link = registry.join(hello)
     for _ in range(OUTGOING_LIMIT + 2):
         registry.send("d0", pb.RouterMessage(cancel=pb.Cancel(sequence_id=1)))
@@ -190,6 +195,47 @@ async def test_drained_worker_gets_nothing_more(fleet) -> None:
     async with fleet.worker("d0", change_hello=token) as worker:
         worker.send(pb.WorkerMessage(drained=pb.Drained()))
         await fleet.until(lambda: fleet.registry.get("d0").draining)
+
+
+async def test_odd_batches_cost_no_neighbour(fleet) -> None:
+    hello = fleet.worker("d0", change_hello=token).hello
+    drained, nested = pb.WorkerMessage(drained=pb.Drained()), pb.WorkerMessage()
+    nested.batch.messages.add().heartbeat.load.running = 5
+    odd = pb.WorkerMessage(batch=pb.WorkerBatch(messages=[nested, pb.WorkerMessage(), drained]))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{fleet.server.port}") as channel:
+        call = fleet_pb2_grpc.FleetStub(channel).Join()
+        for message in (
+            pb.WorkerMessage(hello=hello),
+            pb.WorkerMessage(batch=pb.WorkerBatch()),
+            odd,
+        ):
+            await call.write(message)
+        await fleet.until(lambda: "drained" in fleet.heard.messages)
+        assert fleet.registry.get("d0").load.running == 0
+
+
+async def test_what_is_queued_together_comes_in_order(fleet) -> None:
+    async with fleet.worker("d0", change_hello=token) as worker:
+        for number in range(1, 101):
+            fleet.registry.send("d0", pb.RouterMessage(cancel=pb.Cancel(sequence_id=number)))
+            fleet.registry.send("d0", pb.RouterMessage(release_kv=pb.ReleaseKv(sequence_id=number)))
+        await worker.until(lambda: len(worker.kinds()) == 200)
+        assert worker.kinds() == ["cancel", "release_kv"] * 100
+        assert [c.sequence_id for c in worker.messages("cancel")] == list(range(1, 101))
+
+
+async def test_a_message_that_breaks_the_listener_ends_the_link_after_its_neighbours(fleet) -> None:
+    def break_on_drained(_link: WorkerLink, message: pb.WorkerMessage) -> None:
+        fleet.heard.messages.append(message.WhichOneof("message"))
+        if message.HasField("drained"):
+            raise RuntimeError("a defect")
+
+    async with fleet.worker("d0", change_hello=token) as worker:
+        fleet.registry.listener.worker_message = break_on_drained
+        messages = [pb.WorkerMessage(drained=pb.Drained()), pb.WorkerMessage(kv_sent=pb.KvSent())]
+        worker.send(pb.WorkerMessage(batch=pb.WorkerBatch(messages=messages)))
+        await fleet.until(lambda: fleet.heard.lost == [("d0", "its stream ended")])
+        assert fleet.heard.messages[-1] == "kv_sent"
 
 
 async def test_first_message_must_be_hello(fleet) -> None:

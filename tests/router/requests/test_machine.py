@@ -110,7 +110,7 @@ def test_undisturbed_disaggregated_request() -> None:
         act.SubmitDecode("D", attempt(), expect_kv=True),
     ]
     assert machine.state is State.PLACED
-    assert machine.handle(ev.SequenceStarted(1.5, 7, "P", 2)) == [act.Emit(Started(2))]
+    assert machine.handle(ev.SequenceStarted(1.5, 7, "P", 2, 0.25)) == [act.Emit(Started(2))]
     assert machine.state is State.PREFILLING
     assert machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE)) == [act.OpenTransfer("P", 7, LEASE)]
     assert machine.handle(tokens("P", 0, 50)) == [act.Emit(Tokens((50,)))]
@@ -147,12 +147,12 @@ def test_undisturbed_local_request() -> None:
         act.Emit(Placed(LOCAL, 0)),
         act.SubmitDecode("D", attempt(), expect_kv=False),
     ]
-    assert machine.handle(ev.SequenceStarted(1.5, 7, "D", 0)) == [act.Emit(Started(0))]
+    assert machine.handle(ev.SequenceStarted(1.5, 7, "D", 0, 0.25)) == [act.Emit(Started(0))]
     assert machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE)) == []
     assert machine.handle(received()) == []
     assert machine.handle(tokens("D", 0, 50)) == [act.Emit(Tokens((50,)))]
     assert machine.state is State.DECODING
-    stats = RequestStats(LOCAL, 3, 2, 0, 1.0, 0.5, decode_s=1.0, time_to_first_token_s=2.0)
+    stats = RequestStats(LOCAL, 3, 2, 0, 1.0, 0.75, decode_s=1.0, time_to_first_token_s=2.0)
     assert machine.handle(tokens("D", 1, 51, at=3.0, finish=FinishReason.STOP)) == [
         act.Emit(Tokens((51,))),
         act.Emit(Finished(FinishReason.STOP, stats)),
@@ -184,7 +184,7 @@ def test_nobody_takes_it_in_time() -> None:
 
 def test_first_token_that_ends_the_answer_cancels_both() -> None:
     machine = placed()
-    machine.handle(ev.SequenceStarted(1.5, 7, "P", 0))
+    machine.handle(ev.SequenceStarted(1.5, 7, "P", 0, 0.25))
     actions = machine.handle(tokens("P", 0, 2, finish=FinishReason.STOP))
     assert actions[:3] == [act.Emit(Tokens((2,))), *CANCEL_BOTH]
     assert actions[3].event.reason is FinishReason.STOP
@@ -193,7 +193,7 @@ def test_first_token_that_ends_the_answer_cancels_both() -> None:
 
 def test_length_is_enforced_where_the_worker_forgets_to_finish() -> None:
     machine = placed(max_tokens=1)
-    machine.handle(ev.SequenceStarted(1.5, 7, "P", 0))
+    machine.handle(ev.SequenceStarted(1.5, 7, "P", 0, 0.25))
     actions = machine.handle(tokens("P", 0, 50))
     assert actions[:3] == [act.Emit(Tokens((50,))), *CANCEL_BOTH]
     assert actions[3].event.reason is FinishReason.LENGTH
@@ -205,7 +205,7 @@ def test_tokens_before_any_start_message_start_the_stream() -> None:
         act.Emit(Started(0)),
         act.Emit(Tokens((50,))),
     ]
-    assert machine.handle(ev.SequenceStarted(3.0, 7, "P", 2)) == []
+    assert machine.handle(ev.SequenceStarted(3.0, 7, "P", 2, 0.25)) == []
 
 
 def test_duplicates_are_dropped_and_overlaps_trimmed() -> None:
@@ -293,7 +293,7 @@ def test_prefill_lost_while_decode_waits_for_its_token_is_replayed() -> None:
 def test_prefill_lost_before_decode_has_everything_is_replayed(progress: str) -> None:
     machine = placed()
     steps = {
-        "started": ev.SequenceStarted(1.5, 7, "P", 0),
+        "started": ev.SequenceStarted(1.5, 7, "P", 0, 0.25),
         "first token": tokens("P", 0, 50),
         "sent": sent(),
     }
@@ -335,7 +335,7 @@ def test_decode_lost_is_replayed_from_what_was_emitted() -> None:
         act.SubmitPrefill("P", again),
         act.SubmitDecode("E", again, expect_kv=True),
     ]
-    assert machine.handle(ev.SequenceStarted(4.6, 8, "P", 3)) == []
+    assert machine.handle(ev.SequenceStarted(4.6, 8, "P", 3, 0.25)) == []
     assert machine.handle(tokens("P", 2, 52, at=5.0, sid=8)) == [
         act.Emit(Resumed(1.0, 2)),
         act.Emit(Tokens((52,))),
@@ -546,7 +546,7 @@ def test_nothing_follows_the_terminal_event(ending) -> None:
         ev.Admitted(3.0),
         ev.PlaceFound(3.0, 8, SPLIT),
         ev.PlaceTimedOut(3.0, 0, 1.0),
-        ev.SequenceStarted(3.0, 7, "P", 0),
+        ev.SequenceStarted(3.0, 7, "P", 0, 0.25),
         ev.LeaseGranted(3.0, 7, "D", LEASE),
         tokens("P", 0, 50),
         received(),

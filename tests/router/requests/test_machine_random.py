@@ -174,7 +174,7 @@ class Requests(RuleBasedStateMachine):
         sid, at = self.sequence_ids[-1 - which % len(self.sequence_ids)], self.tick()
         self.feed(
             [
-                ev.SequenceStarted(at, sid, worker, 1),
+                ev.SequenceStarted(at, sid, worker, 1, 0.0),
                 ev.LeaseGranted(at, sid, worker, Lease()),
                 ev.KvSent(at, sid, worker, 1, 0.1, 0.1, "t"),
                 ev.KvReceived(at, sid, worker, 1, 0.1, 0.1, "t"),

@@ -57,7 +57,9 @@ def finished(events: list) -> Finished:
 
 async def test_disaggregated_request_streams_every_token_once(make_rig) -> None:
     rig = await make_rig()
-    prefill, decode = await rig.join("p0", "prefill"), await rig.join("d0", "decode")
+    prefill = await rig.join("p0", "prefill")
+    # Slow enough for the prefill worker's report, which nobody waits for, to come before the end.
+    decode = await rig.join("d0", "decode", step_s=0.01)
     events = await collect(rig.submit())
 
     path = Path(PathKind.DISAGGREGATED, "least_loaded", "p0", "d0")
@@ -115,6 +117,20 @@ async def test_concurrent_requests_over_two_decode_workers(make_rig) -> None:
     assert rig.metric("generation_tokens_total") == 32 * 8
     assert rig.metric("num_requests_running") == 0
     assert all(link.pending.blocks == 0 for link in rig.core.registry.links)
+
+
+async def test_worker_lost_before_its_queued_batch_left_costs_no_request(make_rig) -> None:
+    rig = await make_rig()
+    prefill, dying = await rig.join("p0", "prefill"), await rig.join("d0", "decode")
+    prompts = [tuple(range(i, i + 20)) for i in range(5)]
+    streams = [rig.submit(prompt_tokens=p, request_id=f"r{i}") for i, p in enumerate(prompts)]
+    # No turn of the loop yet: every dispatch is still in line.
+    dying.die()
+    await rig.join("d1", "decode")
+    for prompt, events in zip(prompts, await asyncio.gather(*map(collect, streams)), strict=True):
+        assert tokens_of(events) == answer(prompt, 8)
+        assert finished(events).stats.replays == 1
+    await prefill.until(lambda: not prefill.open)
 
 
 @pytest.mark.parametrize("index", [1, 4, 7])
