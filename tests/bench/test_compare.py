@@ -144,7 +144,7 @@ def test_work_is_what_counting_token_by_token_gives():
 def test_the_floor_is_bound_by_reads_or_by_operations_phase_by_phase():
     work = work_of(Point(1, 64, 8), TINY, 2.0)
     reading = Limits(1, 1.0, {"float32": 1e30, "int8": 1.0})
-    multiplying = Limits(1, 1e30, {"float32": 1.0, "int8": 1e30})
+    multiplying = Limits(1, 1e30, {"float32": 1.0, "int8": 1.0})
     assert work.floor_s(reading) == work.bytes
     assert work.floor_s(multiplying) == work.flops
 
@@ -186,7 +186,7 @@ def test_rates_are_of_the_median_call_and_ratios_stay_within_a_class():
 
 
 def test_shares_are_of_the_measured_limits():
-    limits = Limits(2, 1e6, {"float32": 1e9, "bfloat16": 2e9, "int8": 1e12})
+    limits = Limits(2, 1e6, {"float32": 1e9, "bfloat16": 2e9, "int8": 3e9})
     (row,) = rows_of([("kvrelay", "bfloat16", [2.0])], limits)
     work = work_of(A, TINY, 2.0)
     assert row.read_share == pytest.approx(work.bytes / 2.0 / 1e6)

@@ -40,8 +40,9 @@ def test_limits_of_small_buffers_are_measured_and_threads_put_back():
     assert json.loads(json.dumps(asdict(limits))) == asdict(limits)
 
 
-def test_the_float_limit_leaves_integers_out():
-    assert Limits(1, 1.0, {"float32": 2.0, "bfloat16": 3.0, "int8": 9.0}).float_flops == 3.0
+def test_products_of_16_bits_may_use_integers_at_half_the_rate_of_8_bits():
+    assert Limits(1, 1.0, {"float32": 2.0, "bfloat16": 3.0, "int8": 5.0}).product_flops == 3.0
+    assert Limits(1, 1.0, {"float32": 2.0, "bfloat16": 3.0, "int8": 8.0}).product_flops == 4.0
 
 
 def test_the_best_of_several_probes_counts():

@@ -118,7 +118,7 @@ def make_row(
         read_share=None
         if limits is None
         else work.bytes / seconds.median / limits.read_bytes_per_s,
-        gemm_share=None if limits is None else work.flops / seconds.median / limits.float_flops,
+        gemm_share=None if limits is None else work.flops / seconds.median / limits.product_flops,
         floor_share=None if limits is None else work.floor_s(limits) / seconds.median,
         foreign_share=statistics.fmean(call.foreign_share for call in group),
     )

@@ -36,8 +36,10 @@ class Work:
     def floor_s(self, limits: Limits) -> float:
         """Seconds at the machine's limits: each phase is bound by its bytes or its operations."""
         return max(
-            self.prefill_bytes / limits.read_bytes_per_s, self.prefill_flops / limits.float_flops
-        ) + max(self.decode_bytes / limits.read_bytes_per_s, self.decode_flops / limits.float_flops)
+            self.prefill_bytes / limits.read_bytes_per_s, self.prefill_flops / limits.product_flops
+        ) + max(
+            self.decode_bytes / limits.read_bytes_per_s, self.decode_flops / limits.product_flops
+        )
 
 
 def work_of(point: Point, shape: ModelShape, weight_bytes: float) -> Work:

@@ -126,8 +126,9 @@ def measure(case: Case, library: CpuLibrary, limits: Limits, rounds: int, *, smo
         case.nbytes,
         case.flops,
         case.nbytes / limits.read_bytes_per_s,
-        # The kernels multiply in float32, but for bfloat16 products where the CPU has them.
-        case.flops / (limits.float_flops if case.op == "linear" else limits.gemm_flops["float32"]),
+        # Attention computes in float32; products of 16-bit weights in whatever is fastest for them.
+        case.flops
+        / (limits.product_flops if case.op == "linear" else limits.gemm_flops["float32"]),
         error,
     )
     print(f"{row.op} {row.shape}: {row.seconds * 1e6:.1f} us, {row.share:.0%}", flush=True)
