@@ -7,12 +7,14 @@ import torch
 
 from kvrelay.cli.settings import resolve
 from kvrelay_bench.transfer import run as run_module
+from kvrelay_bench.transfer import stages as stages_module
 from kvrelay_bench.transfer.command import COMMAND, SIZES
 from kvrelay_bench.transfer.perftest import parse_result
 from kvrelay_bench.transfer.pieces import LAYOUT, make_pool, piece_of, shuffled_blocks
 from kvrelay_bench.transfer.run import Results, describe, run_transfer, share_table
-from kvrelay_bench.transfer.stages import StageRates, Stages
+from kvrelay_bench.transfer.stages import Stages
 from kvrelay_protocol.errors import TransferError, TransportMisconfigured, UsageError
+from kvrelay_transfer.frames import CorruptFrame
 
 KIB = 1024
 
@@ -44,9 +46,8 @@ def test_blocks_are_distinct_and_in_no_order():
 
 def test_stages_move_the_blocks_they_are_timed_with():
     rates = Stages(pool_blocks=8).measure(64 * KIB, ring_bytes=256 * KIB)
-    parts = (rates.memcpy, rates.gather, rates.digest, rates.verify, rates.scatter)
+    parts = (rates.memcpy, rates.gather, rates.scatter, rates.seal_us, rates.open_us)
     assert all(part > 0 for part in parts)
-    assert 0 < rates.copies < min(parts[1:])
 
 
 def test_stages_notice_a_scatter_that_loses_a_block(monkeypatch):
@@ -54,16 +55,25 @@ def test_stages_notice_a_scatter_that_loses_a_block(monkeypatch):
     whole = stages._target.scatter
     monkeypatch.setattr(
         stages._target, "scatter",
-        lambda first, end, blocks, payload: whole(
-            first, end, blocks[:-1], payload[: len(payload) * (len(blocks) - 1) // len(blocks)]
-        ),
+        lambda first, end, blocks, payload, *, digest: (
+            whole(first, end, blocks, payload, digest=digest),
+            stages._target.tensor[:, :, blocks[-1]].zero_(),
+        )[0],
     )  # fmt: skip
     with pytest.raises(AssertionError, match="same blocks"):
         stages.measure(64 * KIB, ring_bytes=128 * KIB)
 
 
-def test_the_time_of_all_copies_is_the_sum_of_the_stages():
-    assert StageRates(9.0, 4.0, 4.0, 4.0, 4.0).copies == pytest.approx(1.0)
+def test_stages_notice_damage_between_gather_and_scatter(monkeypatch):
+    opened = stages_module.open_frame
+
+    def damaged(buffer, nbytes, expected):
+        buffer[-1] ^= 1
+        return opened(buffer, nbytes, expected)
+
+    monkeypatch.setattr(stages_module, "open_frame", damaged)
+    with pytest.raises((AssertionError, CorruptFrame), match="digest"):
+        Stages(pool_blocks=8).measure(64 * KIB, ring_bytes=128 * KIB)
 
 
 def test_the_pool_of_a_seed_is_random_and_repeatable():
@@ -123,9 +133,10 @@ def test_a_run_between_real_processes_hands_over_exact_blocks(tmp_path, capsys):
     assert run_transfer(values) == 0
     report = json.loads(out.read_text())
     (row,) = report["rows"]
-    names = {"memcpy", "gather", "digest", "verify", "scatter", "send", "plain"}
-    assert set(row["gb_per_s"]) == names
+    assert set(row["gb_per_s"]) == {"memcpy", "gather", "scatter", "send", "plain"}
     assert all(rate > 0 for rate in row["gb_per_s"].values())
+    assert set(row["framing_us"]) == {"seal_us", "open_us"}
+    assert all(us > 0 for us in row["framing_us"].values())
     (whole,) = report["handovers"]
     assert whole["exact"]
     assert whole["transport"] == report["transport"]

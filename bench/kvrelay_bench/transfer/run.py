@@ -22,17 +22,17 @@ from kvrelay_transfer.frames import HEADER_SIZE
 from kvrelay_transfer.probe import probe
 from kvrelay_transfer.ucx_env import UcxOptions, ucx_config
 
-_STAGES = ("gather", "digest", "verify", "scatter")
+_STAGES = ("memcpy", "gather", "scatter")
+_FRAMING = {"seal_us": "seal, us", "open_us": "open, us"}
+"""What is done once a message, whatever its size."""
 _PROCESS_LIMIT_S = 300.0
 _LABELS = {
     "memcpy": "memcpy, one way",
-    "gather": "gather",
-    "digest": "digest",
+    "gather": "gather + digest",
     "send": "send (ours)",
     "plain": "send (plain ucxx)",
     "perftest": "send (ucx_perftest)",
-    "verify": "verify",
-    "scatter": "scatter",
+    "scatter": "scatter + digest",
 }
 
 
@@ -42,6 +42,8 @@ class Results:
 
     rates: dict[int, dict[str, list[float]]]
     """By message size, then by the names of `_LABELS`: 10^9 bytes a second."""
+    framing_us: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    """By message size, then by the names of `_FRAMING`: microseconds a message."""
     transport: str = ""
     """What UCX chose for our transport."""
     latency_us: list[float] = field(default_factory=list)
@@ -156,8 +158,11 @@ def _round(
     results.latency_us.append(ours.latency_us)
     results.plain_latency_us.append(plain["latency_us"])
     for size in sizes:
-        for name in ("memcpy", *_STAGES):
+        for name in _STAGES:
             results.add(name, size, getattr(apart[size], name))
+        for name in _FRAMING:
+            found_us = results.framing_us.setdefault(size, {}).setdefault(name, [])
+            found_us.append(getattr(apart[size], name))
         results.add("send", size, ours.gb_per_s[size])
         results.add("plain", size, plain["gb_per_s"][str(size)])
         if size in perftest:
@@ -216,10 +221,15 @@ def describe(results: Results) -> str:
 def rate_table(results: Results) -> Table:
     names = [n for n in _LABELS if any(n in found for found in results.rates.values())]
     rows: list[list[object]] = [
-        [format_size(size), *(results.median(size, name) for name in names)]
+        [
+            format_size(size),
+            *(results.median(size, name) for name in names),
+            *(percentile(us, 50) for us in results.framing_us.get(size, {}).values()),
+        ]
         for size in results.rates
     ]
-    return Table(("GB/s", *(_LABELS[name] for name in names)), rows)
+    framing = _FRAMING.values() if results.framing_us else ()
+    return Table(("GB/s", *(_LABELS[name] for name in names), *framing), rows)
 
 
 def share_table(results: Results) -> Table:
@@ -268,6 +278,9 @@ def write(values: SimpleNamespace, results: Results, out: Path | None) -> Path:
             "payload_bytes": size,
             "gb_per_s": {name: results.median(size, name) for name in found},
             "rounds_gb_per_s": found,
+            "framing_us": {
+                name: percentile(us, 50) for name, us in results.framing_us.get(size, {}).items()
+            },
             "send_share_of": {
                 of: results.share(size, "send", of) for of in ("plain", "perftest", "memcpy")
             },
