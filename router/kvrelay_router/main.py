@@ -85,7 +85,7 @@ async def serve(config: RouterConfig, stop: StopSignals | None = None) -> None:
             with _phase("listen for workers"):
                 await core.start()
             server = create_server(create_app(core.service, model, config, registry), config)
-            _settle_memory()
+            settle_memory()
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             say = _silent if config.supervised else _say
             if not config.supervised:
@@ -100,7 +100,7 @@ async def serve(config: RouterConfig, stop: StopSignals | None = None) -> None:
             await asyncio.to_thread(telemetry.shutdown)
 
 
-def _settle_memory() -> None:
+def settle_memory() -> None:
     """Keep the collector from walking, in the middle of a step, over what start-up made for good."""
     gc.collect()
     gc.freeze()

@@ -46,12 +46,13 @@ def test_every_request_gets_exactly_its_tokens(tmp_path, capsys):
     )  # fmt: skip
     assert COMMAND.run(values) == 0, capsys.readouterr().out
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
-    assert set(rows) == {"latency", "paced", "saturated"}
+    assert set(rows) == {"latency", "floor", "paced", "saturated"}
     for row in rows.values():
         assert (row["errors"], row["lost_tokens"], row["first_error"]) == (0, 0, "")
-    assert rows["latency"]["requests"] == 20
-    assert rows["latency"]["added_ms"]["count"] == 20
-    assert rows["latency"]["added_ms"]["minimum"] > 0
+    for name in ("latency", "floor"):
+        assert rows[name]["requests"] == 20
+        assert rows[name]["added_ms"]["count"] == 20
+        assert rows[name]["added_ms"]["minimum"] > 0
     assert rows["saturated"]["router_cpu_s"] > 0
     assert "added p50" in capsys.readouterr().out
 

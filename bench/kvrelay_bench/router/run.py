@@ -1,6 +1,7 @@
 """Runs the parts of the benchmark and prints and writes what came out."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 from kvrelay_bench.machine import describe_machine
@@ -26,8 +27,12 @@ def run(values: SimpleNamespace) -> int:
     table = _check(values, load_served_model(model.directory, model.name))
     cores = Cores.choose(values.core)
     measured: list[Measurement] = []
-    with running_router(model, table, cores) as stack:
+    with (
+        running_router(model, table, cores) as router,
+        running_router(model, table, cores, floor=True) as floor,
+    ):
         for workload in workloads(values):
+            stack = floor if workload.name == "floor" else router
             measured.append(evaluate(workload, stack.measure(workload)))
             print(describe(measured[-1]), flush=True)
     print(f"\n{_table(measured).text()}")
@@ -60,7 +65,7 @@ def _check(values: SimpleNamespace, model: ServedModel) -> list[int]:
 def workloads(values: SimpleNamespace) -> Iterator[Workload]:
     """What the flags ask for, in the order of the rounds."""
     for _ in range(values.rounds):
-        for part in (_latency, _paced, _saturated):
+        for part in (_latency, _floor, _paced, _saturated):
             if values.only is None or part.__name__ == f"_{values.only}":
                 yield part(values)
 
@@ -79,6 +84,11 @@ def _latency(values: SimpleNamespace) -> Workload:
         prompt_words=values.prompt_words,
         seed=values.seed,
     )
+
+
+def _floor(values: SimpleNamespace) -> Workload:
+    """The latency part once more, through the router's libraries alone."""
+    return replace(_latency(values), name="floor", path="disaggregated")
 
 
 def _paced(values: SimpleNamespace) -> Workload:

@@ -1,4 +1,4 @@
-"""The processes of one measurement: the real router on a core of its own, mock workers, a client."""
+"""The processes of one measurement: the router, or its floor, on a core of its own, mock workers, a client."""
 
 import contextlib
 import json
@@ -18,6 +18,7 @@ from kvrelay_bench.router.workload import Workload
 from kvrelay_infra.host import free_port
 from kvrelay_protocol.errors import StartupError
 from kvrelay_protocol.model_files import ModelFiles
+from kvrelay_router.text.tokenizer import load_tokenizer
 
 _HOST = "127.0.0.1"
 _START_S = 30.0
@@ -50,19 +51,43 @@ class Cores:
 class Stack:
     """A running router; `measure` sends workloads through it, each with mock workers of its own."""
 
-    def __init__(self, model: ModelFiles, table: Sequence[int], cores: Cores, folder: Path) -> None:
+    def __init__(
+        self,
+        model: ModelFiles,
+        table: Sequence[int],
+        cores: Cores,
+        folder: Path,
+        *,
+        floor: bool = False,
+    ) -> None:
+        """Args: with `floor` the router's libraries alone stand in its place."""
         self._model = model
         self._table = list(table)
         self._cores = cores
         self._folder = folder
         self.port, self.join_port = free_port(_HOST), free_port(_HOST)
         self._log = folder / "router.log"
-        command = [
-            *("-m", "kvrelay.cli", "router", str(model.directory)),
-            *("--served-model-name", model.name, "--host", _HOST, "--port", str(self.port)),
+        command = self._floor_command() if floor else self._router_command()
+        self.router = self._spawn(command, (cores.router,), self._log)
+
+    def _router_command(self) -> list[str]:
+        return [
+            *("-m", "kvrelay.cli", "router", str(self._model.directory)),
+            *("--served-model-name", self._model.name),
+            *("--host", _HOST, "--port", str(self.port)),
             *("--join-host", _HOST, "--join-port", str(self.join_port)),
         ]
-        self.router = self._spawn(command, (cores.router,), self._log)
+
+    def _floor_command(self) -> list[str]:
+        tokenizer = load_tokenizer(self._model.require_tokenizer())
+        given = {
+            "texts": {token: tokenizer.decode([token]) for token in self._table},
+            "model": self._model.name,
+            "host": _HOST,
+            "port": self.port,
+            "join_port": self.join_port,
+        }
+        return ["-m", "kvrelay_bench.router.floor", json.dumps(given)]
 
     def measure(self, workload: Workload) -> Seen:
         """Run one workload to its end.
@@ -162,10 +187,12 @@ def _tail(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def running_router(model: ModelFiles, table: Sequence[int], cores: Cores) -> Iterator[Stack]:
-    """Start the router process; stop it after the block."""
+def running_router(
+    model: ModelFiles, table: Sequence[int], cores: Cores, *, floor: bool = False
+) -> Iterator[Stack]:
+    """Start the router process, or its floor's; stop it after the block."""
     with tempfile.TemporaryDirectory(prefix="kvrelay-bench-router-") as folder:
-        stack = Stack(model, table, cores, Path(folder))
+        stack = Stack(model, table, cores, Path(folder), floor=floor)
         try:
             yield stack
         finally:
