@@ -8,6 +8,7 @@ import math
 import random
 import socket
 import statistics
+from pathlib import Path
 
 import pytest
 from http_stack import http_stack
@@ -32,6 +33,7 @@ from kvrelay_bench.serve.workload import (
 )
 from kvrelay_protocol.errors import UsageError
 
+SAMPLE = Path(__file__).parents[2] / "docs" / "sample-trace.jsonl"
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,4808,10
 2023-11-16 18:17:04.0319600,3180,8
@@ -74,6 +76,14 @@ def test_equal_hash_ids_of_a_mooncake_trace_are_equal_tokens(tmp_path):
     assert one[1024:] != two[1024 : len(one)]
     assert one == Prompts(1000, seed=5).tokens(first)
     assert one[:512] != Prompts(1000, seed=6).tokens(first)[:512]
+
+
+def test_the_sample_trace_has_chats_that_share_a_beginning_and_fits_the_demo_model():
+    rows = read_trace(SAMPLE)
+    assert len(rows) == 24
+    assert sum(row.blocks[:1] == (1,) for row in rows) > len(rows) / 2
+    assert all(row.input_tokens + row.output_tokens <= 2048 for row in rows)
+    assert 10 < rows[-1].arrival_s < 30
 
 
 def test_shared_blocks_shrink_with_the_lengths(tmp_path):

@@ -70,5 +70,6 @@ COMMAND = Command(
     (*_LOAD, *_RESULT, *_SERVER, MODEL_FLAG, *POOL_FLAGS, *STACK_FLAGS),
     _run,
     epilog="Without --rate, --concurrency and --trace: --rate 2. --prefill 0 measures the aggregated\n"
-    "mode. Prompts are token ids, exact in length. Ctrl-C keeps what was measured.",
+    "mode. Prompts are token ids, exact in length. Ctrl-C keeps what was measured.\n"
+    "docs/sample-trace.jsonl is a trace to try: --trace docs/sample-trace.jsonl",
 )

@@ -2,8 +2,9 @@
 
 - TTFT: sending to the first piece of text.
 - ITL: gap between two pieces of text of one answer, pooled over all answers. Several tokens may come at
-  once (a slow reader, a byte of a character held back, speculative decoding); ITL then means little,
-  so the share of tokens that came alone is reported with it.
+  once (a slow reader, a byte of a character held back, speculative decoding), and a model that has
+  written its end goes on in tokens without text; ITL then means little, so the share of tokens that
+  came alone is reported with it.
 - TPOT: (E2E - TTFT) / (n - 1) of one answer of n tokens; none for a single token.
 - E2E: sending to the end of the stream.
 - Goodput: requests a second that met every objective. Rejected, aborted and failed requests are part of
@@ -145,7 +146,10 @@ class Point:
             found.append(f"the client sent late: p99 {self.client_lag.p99 * 1e3:.0f} ms")
         if self.single_token_share is not None and self.single_token_share < 0.99:
             share = 1 - self.single_token_share
-            found.append(f"up to {share:.0%} of the tokens came together: read TPOT, not ITL")
+            found.append(
+                f"up to {share:.0%} of the tokens came together or, past an ignored end, without "
+                "text: read TPOT, not ITL"
+            )
         if self.short_answers:
             found.append(f"{self.short_answers} answers are shorter than asked for")
         if self.interrupted:
