@@ -3,11 +3,10 @@
 // Every out[m, n] is one chain of additions in ascending k, whatever the number of rows, threads or the
 // blocking: a row's result is the same bits in every batch. (Integer formats: exact sums within a block
 // of inputs, the blocks in ascending order.)
-#include <cmath>
 #include <limits>
 #include <vector>
 
-#include "linear.hpp"
+#include "linear_formats.hpp"
 #include "threads.hpp"
 
 namespace kvr {
@@ -31,110 +30,20 @@ namespace {
 constexpr int64_t kSuperRows = 96;       // rows of a block of large products; its slice stays in L2
 constexpr int64_t kTilesPerTask = 8;
 
+// Rows and vectors of one pass: their product is what the registers hold besides the weights, and for
+// few rows enough independent chains to hide the latency of an add.
 #if defined(__AVX512F__)
-constexpr int kMaxRows = 12;             // 24 accumulators of 32 registers
+constexpr int kMaxRows = 12;
+constexpr int vectors_at_once(int rows) { return rows <= 2 ? 8 : rows <= 6 ? 4 : 2; }
 #elif defined(__aarch64__)
-constexpr int kMaxRows = 3;              // 24 of 32 quarter-width registers
+constexpr int kMaxRows = 6;
+constexpr int vectors_at_once(int rows) { return rows <= 2 ? 8 : 4; }
 #else
-constexpr int kMaxRows = 3;              // 12 of 16 half-width registers
+constexpr int kMaxRows = 6;
+constexpr int vectors_at_once(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 #endif
 
-// How many tiles one pass over few rows takes: enough independent chains to hide the latency of an add.
-constexpr int tiles_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
-
-// ---- one policy per storage format: what activations become, and how two inputs of every vector are
-// multiplied. The weights of both inputs are held while the rows pass by: one broadcast at a time keeps
-// the accumulators in registers.
-
-template <int M, int V>
-inline void multiply_pair(const float* const* a, int64_t k, const f32x16 (&even)[V], const f32x16 (&odd)[V],
-                          f32x16 (&acc)[M][V]) {
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    f32x16 first = splat(a[m][k]);
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[m][v] = fma(first, even[v], acc[m][v]);
-    f32x16 second = splat(a[m][k + 1]);
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[m][v] = fma(second, odd[v], acc[m][v]);
-  }
-}
-
-template <class T>
-struct Plain {
-  using Activation = float;
-  using Stored = T;
-  using Blocks = void;
-  static constexpr int64_t kBlock = 256;
-  static constexpr int64_t kVector = kLanes;  // where the second vector of a tile starts
-  template <int M, int V>
-  static inline void step(const float* const* a, int64_t k, const T* const (&vectors)[V], f32x16 (&acc)[M][V]) {
-    f32x16 even[V], odd[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      even[v] = load_f32(vectors[v] + k * kTile);
-      odd[v] = load_f32(vectors[v] + (k + 1) * kTile);
-    }
-    multiply_pair<M, V>(a, k, even, odd, acc);
-  }
-};
-
-using F32 = Plain<float>;
-using F16 = Plain<float16>;
-
-struct BF16 {
-  using Activation = float;
-  using Stored = bfloat16;
-  using Blocks = void;
-  static constexpr int64_t kBlock = 256;
-  static constexpr int64_t kVector = 2 * kLanes;
-  template <int M, int V>
-  static inline void step(const float* const* a, int64_t k, const bfloat16* const (&vectors)[V], f32x16 (&acc)[M][V]) {
-    // Lane i holds inputs k (low half) and k + 1 (high half) of output i.
-    f32x16 even[V], odd[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      u32x16 both = load<u32x16>(vectors[v] + k * kTile);
-      even[v] = (f32x16)(both << 16);
-      odd[v] = (f32x16)(both & 0xffff0000u);
-    }
-    multiply_pair<M, V>(a, k, even, odd, acc);
-  }
-};
-
-// Sixteen bits with a scale for each block of inputs hold an activation better than bfloat16 would.
-template <class T, class Scales>
-struct Integers {
-  using Activation = int16_t;
-  using Stored = T;
-  using Blocks = Scales;
-  static constexpr int64_t kBlock = 512 / sizeof(T);  // of a tile and a block of rows, both stay in L1
-  static constexpr int64_t kVector = 2 * kLanes;
-  template <int M, int V>
-  static inline void step(const int16_t* const* a, int64_t k, const T* const (&vectors)[V], i32x16 (&acc)[M][V]) {
-    pairs16 wide[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) wide[v] = load_pairs(vectors[v] + k * kTile);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      pairs16 pair = splat_pair(a[m] + k);
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[m][v] = dot_pairs(wide[v], pair, acc[m][v]);
-    }
-  }
-};
-
-using I8 = Integers<int8_t, Int8Blocks>;
-using I16 = Integers<int16_t, Int16Blocks>;
-
-template <class W>
-constexpr bool kIntegers = !std::is_void<typename W::Blocks>::value;
-template <class W>
-constexpr bool kScaledBlocks = std::is_same<W, I16>::value;   // a weight scale a block
-template <class W>
-constexpr bool kScaledOutputs = std::is_same<W, I8>::value;   // a weight scale an output
-
-// ---- the product of M rows and T tiles over inputs [begin, end)
+// ---- the product of M rows and V vectors over inputs [begin, end)
 
 template <class W>
 struct Job {
@@ -146,74 +55,84 @@ struct Job {
   int64_t blocks;
 };
 
-// Where the 16 outputs of vector v start, and how many of them exist.
-inline int64_t lanes_left(const linear_args& args, int64_t tile, int v) {
-  return args.outputs - tile * kTile - v * kLanes;
+inline native_f32 load_some(const float* from, int64_t count) {
+  if (count >= kNative) return load_native(from);
+  native_f32 value{};
+  for (int64_t i = 0; i < count; ++i) value[i] = from[i];
+  return value;
+}
+
+inline void store_some(float* to, native_f32 value, int64_t count) {
+  if (count >= kNative) return store(to, value);
+  for (int64_t i = 0; i < count; ++i) to[i] = value[i];
 }
 
 // The sums of M rows over inputs [begin, end), exact within each block of them.
 template <class W, int M, int V>
-inline void add_blocks(const Job<W>& job, int64_t row, int64_t tile, int64_t begin, int64_t end,
+inline void add_blocks(const Job<W>& job, int64_t row, int64_t vector, int64_t begin, int64_t end,
                        const typename W::Activation* const* a, const typename W::Stored* const (&vectors)[V],
-                       f32x16 (&sum)[M][V]) {
+                       native_f32 (&sum)[M][V]) {
   constexpr int64_t kInputs = W::Blocks::kInputs;
   for (int64_t start = begin; start < end; start += kInputs) {
-    i32x16 acc[M][V] = {};
+    native_i32 acc[M][V] = {};
     int64_t stop = start + kInputs < end ? start + kInputs : end;
     for (int64_t k = start; k < stop; k += 2) W::template step<M, V>(a, k, vectors, acc);
     int64_t block = start / kInputs;
-    f32x16 weight_scale[V];
+    native_f32 weight_scale[V];
     if constexpr (kScaledBlocks<W>)
-      for (int v = 0; v < V; ++v)
-        weight_scale[v] = load_f32(job.args->scale + ((tile + v / 2) * job.blocks + block) * kTile + v % 2 * kLanes);
-    for (int m = 0; m < M; ++m) {
-      f32x16 scale = splat(job.x_scale[(row + m) * job.blocks + block]);
       for (int v = 0; v < V; ++v) {
-        f32x16 value = __builtin_convertvector(acc[m][v], f32x16);
+        int64_t tile = (vector + v) / kTileVectors, lane = (vector + v) % kTileVectors * kNative;
+        weight_scale[v] = load_native(job.args->scale + (tile * job.blocks + block) * kTile + lane);
+      }
+    for (int m = 0; m < M; ++m) {
+      native_f32 scale = broadcast(job.x_scale[(row + m) * job.blocks + block]);
+      for (int v = 0; v < V; ++v) {
+        native_f32 value = __builtin_convertvector(acc[m][v], native_f32);
         if constexpr (kScaledBlocks<W>) value = value * weight_scale[v];
-        sum[m][v] = fma(value, scale, sum[m][v]);
+        sum[m][v] = multiply_add(value, scale, sum[m][v]);
       }
     }
   }
 }
 
-template <class W, int M, int T>
-void multiply(const Job<W>& job, int64_t row, int64_t tile, int64_t begin, int64_t end) {
-  constexpr int V = 2 * T;
+template <class W, int M, int V>
+void multiply(const Job<W>& job, int64_t row, int64_t vector, int64_t begin, int64_t end) {
   const linear_args& args = *job.args;
   const typename W::Activation* a[M];
   for (int m = 0; m < M; ++m) a[m] = job.x + (row + m) * job.x_stride;
   const auto* packed = static_cast<const typename W::Stored*>(args.weight);
   const typename W::Stored* vectors[V];
-  for (int v = 0; v < V; ++v) vectors[v] = packed + (tile + v / 2) * kTile * args.width + v % 2 * W::kVector;
+  int64_t left[V];  // outputs that exist from the start of a vector on
+  for (int v = 0; v < V; ++v) {
+    int64_t tile = (vector + v) / kTileVectors, lane = (vector + v) % kTileVectors;
+    vectors[v] = packed + tile * kTile * args.width + lane * W::kVector;
+    left[v] = args.outputs - (vector + v) * kNative;
+  }
+  float* out = args.out + row * args.out_stride + vector * kNative;
 
-  f32x16 sum[M][V];
+  native_f32 sum[M][V];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) {
-      int64_t left = lanes_left(args, tile + v / 2, v % 2);
-      sum[m][v] = begin == 0 || left <= 0
-                      ? f32x16{}
-                      : load_some(args.out + (row + m) * args.out_stride + tile * kTile + v * kLanes, left);
-    }
+    for (int v = 0; v < V; ++v)
+      sum[m][v] = begin == 0 || left[v] <= 0 ? native_f32{}
+                                             : load_some(out + m * args.out_stride + v * kNative, left[v]);
 
   if constexpr (kIntegers<W>) {
-    add_blocks<W, M, V>(job, row, tile, begin, end, a, vectors, sum);
+    add_blocks<W, M, V>(job, row, vector, begin, end, a, vectors, sum);
   } else {
     for (int64_t k = begin; k < end; k += 2) W::template step<M, V>(a, k, vectors, sum);
   }
 
   bool last = end == args.width;
   for (int v = 0; v < V; ++v) {
-    int64_t left = lanes_left(args, tile + v / 2, v % 2);
-    if (left <= 0) continue;
-    int64_t n = tile * kTile + v * kLanes;
-    f32x16 scale = last && kScaledOutputs<W> ? load_some(args.scale + n, left) : splat(1.0f);
-    f32x16 bias = last && args.bias ? load_some(args.bias + n, left) : f32x16{};
+    if (left[v] <= 0) continue;
+    int64_t n = (vector + v) * kNative;
+    native_f32 scale = last && kScaledOutputs<W> ? load_some(args.scale + n, left[v]) : broadcast(1.0f);
+    native_f32 bias = last && args.bias ? load_some(args.bias + n, left[v]) : native_f32{};
     for (int m = 0; m < M; ++m) {
-      f32x16 value = sum[m][v];
+      native_f32 value = sum[m][v];
       if (last && kScaledOutputs<W>) value = value * scale;
       if (last && args.bias) value = value + bias;
-      store_some(args.out + (row + m) * args.out_stride + n, value, left);
+      store_some(out + m * args.out_stride + v * kNative, value, left[v]);
     }
   }
 }
@@ -223,10 +142,11 @@ void multiply_rows(const Job<W>& job, int rows, int64_t row, int64_t tile, int64
   if constexpr (M > 1) {
     if (rows < M) return multiply_rows<W, M - 1>(job, rows, row, tile, tiles, begin, end);
   }
-  constexpr int T = tiles_at_once(M);
-  int64_t t = 0;
-  for (; t + T <= tiles; t += T) multiply<W, M, T>(job, row, tile + t, begin, end);
-  for (; t < tiles; ++t) multiply<W, M, 1>(job, row, tile + t, begin, end);
+  constexpr int V = vectors_at_once(M);
+  constexpr int kFew = V < kTileVectors ? V : kTileVectors;
+  int64_t vector = tile * kTileVectors, stop = (tile + tiles) * kTileVectors;
+  for (; vector + V <= stop; vector += V) multiply<W, M, V>(job, row, vector, begin, end);
+  for (; vector < stop; vector += kFew) multiply<W, M, kFew>(job, row, vector, begin, end);
 }
 
 // Rows are split evenly: a remainder of one row would leave the multipliers waiting for its only chain.

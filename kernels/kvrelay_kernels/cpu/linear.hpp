@@ -10,6 +10,8 @@
 // with a scale for each 64 inputs of an output, scale[tile][k / 64][32].
 #pragma once
 
+#include <cmath>
+
 #include "ops.hpp"
 #include "vector.hpp"
 
@@ -34,18 +36,6 @@ constexpr bool fits_32_bits() {
   return Blocks::kInputs * Blocks::kMostActivation * Blocks::kMostWeight < int64_t(1) << 31;
 }
 static_assert(fits_32_bits<Int8Blocks>() && fits_32_bits<Int16Blocks>(), "a block overflows its sum");
-
-static inline f32x16 load_some(const float* from, int64_t count) {
-  if (count >= kLanes) return load_f32(from);
-  f32x16 value{};
-  for (int64_t i = 0; i < count; ++i) value[i] = from[i];
-  return value;
-}
-
-static inline void store_some(float* to, f32x16 value, int64_t count) {
-  if (count >= kLanes) return store_f32(to, value);
-  for (int64_t i = 0; i < count; ++i) to[i] = value[i];
-}
 
 // The largest magnitude among `count` numbers, at least 0; infinite or NaN if one of them is.
 template <class From>

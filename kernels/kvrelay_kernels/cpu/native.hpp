@@ -17,7 +17,10 @@ constexpr int kParts = kLanes / kNative;
 
 typedef float native_f32 __attribute__((vector_size(4 * kNative)));
 typedef uint32_t native_u32 __attribute__((vector_size(4 * kNative)));
+typedef int32_t native_i32 __attribute__((vector_size(4 * kNative)));
 typedef uint16_t native_u16 __attribute__((vector_size(2 * kNative)));
+typedef int16_t native_pairs __attribute__((vector_size(4 * kNative)));  // two neighbouring inputs a lane
+typedef int8_t narrow_pairs __attribute__((vector_size(2 * kNative)));
 
 static inline native_f32 broadcast(float value) { return value - native_f32{}; }
 
@@ -49,5 +52,33 @@ static inline native_f32 multiply_add(native_f32 a, native_f32 b, native_f32 c) 
 #endif
 }
 #endif
+
+// ---- dot products of pairs of 16-bit integers
+
+static inline native_pairs load_pairs(const int16_t* from) { return load<native_pairs>(from); }
+static inline native_pairs load_pairs(const int8_t* from) {
+#if defined(__AVX512BW__)
+  return (native_pairs)_mm512_cvtepi8_epi16(load<__m256i>(from));
+#else
+  return __builtin_convertvector(load<narrow_pairs>(from), native_pairs);
+#endif
+}
+static inline native_pairs broadcast_pair(const int16_t* from) {
+  return (native_pairs)(load<int32_t>(from) - native_i32{});
+}
+
+// sum + a[0] * b[0] + a[1] * b[1] in each lane
+static inline native_i32 dot_pairs(native_pairs a, native_pairs b, native_i32 sum) {
+#if defined(__AVX512VNNI__)
+  return (native_i32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sum + (native_i32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return sum + (native_i32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  native_i32 first = ((native_i32)a << 16 >> 16) * ((native_i32)b << 16 >> 16);
+  return sum + first + ((native_i32)a >> 16) * ((native_i32)b >> 16);
+#endif
+}
 
 }  // namespace kvr

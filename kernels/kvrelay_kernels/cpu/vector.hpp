@@ -150,35 +150,4 @@ static inline void store_one(float16* to, float value) {
   std::memcpy(to, &half, sizeof half);
 }
 
-// ---- dot products of pairs of 16-bit integers: lane i holds two neighbouring inputs of output i
-
-#if defined(__AVX512BW__)
-typedef __m512i pairs16;
-static inline pairs16 load_pairs(const int8_t* from) { return _mm512_cvtepi8_epi16(load<__m256i>(from)); }
-static inline pairs16 load_pairs(const int16_t* from) { return load<__m512i>(from); }
-static inline pairs16 splat_pair(const int16_t* from) { return _mm512_set1_epi32(load<int32_t>(from)); }
-static inline i32x16 dot_pairs(pairs16 a, pairs16 b, i32x16 sum) {
-#if defined(__AVX512VNNI__)
-  return (i32x16)_mm512_dpwssd_epi32((__m512i)sum, a, b);
-#else
-  return sum + (i32x16)_mm512_madd_epi16(a, b);
-#endif
-}
-#else
-struct pairs16 {
-  i32x16 even, odd;
-};
-template <class T>
-static inline pairs16 load_pairs(const T* from) {
-  pairs16 value;
-  for (int i = 0; i < kLanes; ++i) {
-    value.even[i] = from[2 * i];
-    value.odd[i] = from[2 * i + 1];
-  }
-  return value;
-}
-static inline pairs16 splat_pair(const int16_t* from) { return {i32x16{} + from[0], i32x16{} + from[1]}; }
-static inline i32x16 dot_pairs(pairs16 a, pairs16 b, i32x16 sum) { return sum + a.even * b.even + a.odd * b.odd; }
-#endif
-
 }  // namespace kvr

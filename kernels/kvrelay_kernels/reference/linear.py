@@ -16,7 +16,8 @@ def quantise_int16_reference(
     weight: torch.Tensor, block: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[outputs, width]` int16 and `[outputs, blocks]` float32: symmetric, one scale a block of inputs."""
-    blocks = functional.pad(weight.float(), (0, -weight.shape[1] % block)).unflatten(1, (-1, block))
+    padded = functional.pad(weight.float(), (0, -weight.shape[1] % block))
+    blocks = padded.reshape(len(weight), -1, block)
     most = blocks.abs().amax(2)
     factor = torch.where(most > 0, torch.full_like(most, 5792.0) / most, 0.0)
     stored = (blocks * factor.unsqueeze(2)).round().to(torch.int16)
