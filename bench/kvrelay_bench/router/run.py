@@ -27,14 +27,11 @@ def run(values: SimpleNamespace) -> int:
     table = _check(values, load_served_model(model.directory, model.name))
     cores = Cores.choose(values.core)
     measured: list[Measurement] = []
-    with (
-        running_router(model, table, cores) as router,
-        running_router(model, table, cores, floor=True) as floor,
-    ):
-        for workload in workloads(values):
-            stack = floor if workload.name == "floor" else router
+    for workload in workloads(values):
+        # A process for each, so that the one measured has its core for itself.
+        with running_router(model, table, cores, floor=workload.name == "floor") as stack:
             measured.append(evaluate(workload, stack.measure(workload)))
-            print(describe(measured[-1]), flush=True)
+        print(describe(measured[-1]), flush=True)
     print(f"\n{_table(measured).text()}")
     rows = [dict(_row(result)) for result in measured]
     path = write_report("router", values, rows, describe_machine(), values.out)

@@ -146,8 +146,7 @@ class Answer:
             return
         if generation.plan.include_usage:
             rest += self._frames.usage(generation.usage())
-        timings = generation.timings()
-        if self._named and timings is not None:
+        if self._named and (timings := generation.timings()) is not None:
             rest += sse.named_frame("timings", timings)
         await self._body(send, rest + sse.DONE, more=False)
 

@@ -9,7 +9,6 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,7 +18,7 @@ from kvrelay_router.http import models
 from kvrelay_router.http.answer import Answer, Patience
 from kvrelay_router.http.auth import RequireKey
 from kvrelay_router.http.body import off_loop, parse, read_object
-from kvrelay_router.http.caller import CallerWishes
+from kvrelay_router.http.caller import CallerWishes, header_values
 from kvrelay_router.http.chat import ChatFrames
 from kvrelay_router.http.completions import CompletionFrames
 from kvrelay_router.http.errors import LastResort, error_response, install_error_handlers
@@ -100,7 +99,7 @@ class GeneratingEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises: KvrelayError, as long as no answer's head is out."""
-        headers = Headers(scope=scope)
+        headers = header_values(scope)
         raw, size = await read_object(headers, receive)
         wishes = CallerWishes.from_headers(headers, self._config.request_timeout_s)
         limited = within_limits(self._model, self._core)

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import from_json
-from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from kvrelay_protocol.errors import ClientGone, InvalidRequest
@@ -21,7 +20,7 @@ R = TypeVar("R")
 _INLINE_BYTES = 4 * 1024
 
 
-async def read_object(headers: Headers, receive: Receive) -> tuple[dict[str, Any], int]:
+async def read_object(headers: Mapping[str, str], receive: Receive) -> tuple[dict[str, Any], int]:
     """The body as a JSON object, and its size in bytes.
 
     Raises:

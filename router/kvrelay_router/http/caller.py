@@ -1,12 +1,22 @@
 """What a caller says in headers about the request as a whole."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from kvrelay_protocol.errors import InvalidRequest
 from kvrelay_protocol.trace import TraceContext
 from kvrelay_router.requests.types import PathKind
+
+
+def header_values(scope: Scope) -> dict[str, str]:
+    """A request's headers by lower-case name, the first of each.
+
+    Starlette's own `Headers` reads the whole list again for every question.
+    """
+    pairs = reversed(scope["headers"])
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +28,7 @@ class CallerWishes:
     deadline_s: float
 
     @classmethod
-    def from_headers(cls, headers: Headers, longest_s: float) -> "CallerWishes":
+    def from_headers(cls, headers: Mapping[str, str], longest_s: float) -> "CallerWishes":
         """Read them.
 
         Raises:

@@ -1,5 +1,7 @@
 """Bounds that hold before any work: body size and content type."""
 
+from collections.abc import Mapping
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,7 +47,7 @@ class BoundedBody:
         )
 
 
-def require_json(headers: Headers) -> None:
+def require_json(headers: Mapping[str, str]) -> None:
     """Refuse a body that isn't declared as JSON.
 
     Raises:

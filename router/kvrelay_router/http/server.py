@@ -144,6 +144,8 @@ def create_server(app: ASGIApp, config: RouterConfig) -> EdgeServer:
         # Port scanners and the like get their 400; whoever runs this needs no warning of each.
         log_level="error",
         access_log=config.log_requests,
+        # Only the access log names the peer behind a proxy.
+        proxy_headers=config.log_requests,
         server_header=False,
         ssl_certfile=config.tls_cert,
         ssl_keyfile=config.tls_key,

@@ -64,9 +64,8 @@ class Chunks:
             usage: instead of null.
         """
         end = self._end if usage is None else f',"usage":{dump(usage)}}}\n\n'
-        chunk = (
-            f'{self._choice(index)}{content},"logprobs":null,"finish_reason":{dump(reason)}}}]{end}'
-        )
+        why = "null" if reason is None else quote(reason)
+        chunk = f'{self._choice(index)}{content},"logprobs":null,"finish_reason":{why}}}]{end}'
         return chunk.encode("ascii")
 
     def with_text(self, index: int, before: str, after: str) -> "TextFrame":

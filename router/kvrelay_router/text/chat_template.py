@@ -32,11 +32,19 @@ class _TooSlowError(Exception):
 class _Budget(threading.local):
     """CPU time limit of the render that runs on this thread."""
 
-    until: float = float("inf")
+    _soonest = _until = float("inf")
+
+    def begin(self, seconds: float) -> None:
+        self._soonest = time.monotonic() + seconds
+        self._until = time.thread_time() + seconds
+
+    def end(self) -> None:
+        self._soonest = self._until = float("inf")
 
     def check(self) -> None:
-        # CPU time of the thread, not wall clock: a busy machine must not fail honest renders.
-        if time.thread_time() > self.until:
+        # CPU time of the thread, not wall clock: a busy machine must not fail honest renders. But
+        # where not even the wall clock is that far, CPU time isn't: asking for it is a system call.
+        if time.monotonic() > self._soonest and time.thread_time() > self._until:
             raise _TooSlowError
 
 
@@ -147,7 +155,7 @@ class ChatTemplate:
         Raises:
             InvalidRequest: the template refuses the messages, or they cost too much to render.
         """
-        self._budget.until = time.thread_time() + self._max_seconds
+        self._budget.begin(self._max_seconds)
         try:
             return self._bounded(
                 self._template.generate(
@@ -169,7 +177,7 @@ class ChatTemplate:
             # A template may add a string to None; the text of such errors can hold prompt text.
             raise _refused(f"break the model's chat template ({type(error).__name__})") from None
         finally:
-            self._budget.until = float("inf")
+            self._budget.end()
 
     def _bounded(self, pieces: Iterable[str]) -> str:
         kept: list[str] = []
