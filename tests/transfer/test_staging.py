@@ -45,6 +45,13 @@ async def test_the_pool_is_bounded_and_first_come_first_served(pool: StagingBuff
     assert pool.free == 2
 
 
+async def test_the_warmest_buffer_is_taken_first(pool: StagingBuffers):
+    held = [await pool.acquire() for _ in range(pool.count)]
+    for staging in held:
+        staging.release()
+    assert (await pool.acquire()).index == held[-1].index
+
+
 async def test_a_buffer_is_released_exactly_once(pool: StagingBuffers):
     staging = await pool.acquire()
     staging.release()

@@ -73,7 +73,8 @@ class StagingBuffers:
         self.count = count
         self.nbytes = nbytes
         self._views = [writable_bytes(allocate(nbytes))[:nbytes] for _ in range(count)]
-        self._free: deque[int] = deque(range(count))
+        # The last one given back is taken first: its pages exist, and some of it may be in a cache.
+        self._free = list(range(count))
         self._held: dict[int, Staging] = {}
         self._waiters: deque[asyncio.Future[Staging]] = deque()
 
@@ -90,7 +91,7 @@ class StagingBuffers:
         """A buffer now, or None; never overtakes a task that waits."""
         if self._waiters or not self._free:
             return None
-        return self._hold(self._free.popleft())
+        return self._hold(self._free.pop())
 
     async def acquire(self) -> Staging:
         """A buffer, first come first served. Cancelling the wait takes nothing."""
