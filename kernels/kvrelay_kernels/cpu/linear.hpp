@@ -46,8 +46,7 @@ static inline float largest(const From* x, int64_t count) {
     u32x16 magnitude = (u32x16)load_f32(x + k) & 0x7fffffffu;
     most = magnitude > most ? magnitude : most;
   }
-  uint32_t value = 0;
-  for (int i = 0; i < kLanes; ++i) value = most[i] > value ? most[i] : value;
+  uint32_t value = maximum(most);
   for (; k < count; ++k) {
     float one = to_float(x[k]);
     uint32_t magnitude;

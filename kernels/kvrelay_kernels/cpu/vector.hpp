@@ -62,6 +62,16 @@ static inline float maximum(f32x16 v) {
   return lane[0];
 }
 
+static inline uint32_t maximum(u32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)v);
+#else
+  uint32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
+}
+
 // ---- storage formats: how a number of a tensor becomes float32 and back
 
 struct bfloat16 {
