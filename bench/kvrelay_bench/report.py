@@ -199,4 +199,7 @@ def _to_json(value: object) -> object:
         return dict(value)
     if isinstance(value, Iterable):
         return list(value)
+    if isinstance(value, Path) and value.is_relative_to(Path.home()):
+        # Results are published: whose home it was is nobody's business.
+        return f"~/{value.relative_to(Path.home())}"
     return str(value)

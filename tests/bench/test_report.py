@@ -73,6 +73,13 @@ def test_a_report_says_what_ran_where_and_with_what(tmp_path):
     assert list(out.parent.iterdir()) == [out]
 
 
+def test_a_report_does_not_tell_whose_home_it_was_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
+    where = SimpleNamespace(peers=tmp_path / "somebody" / "peers", out=tmp_path / "a.json")
+    found = json.loads(write_report("b", where, [], MACHINE, tmp_path / "a.json").read_text())
+    assert found["arguments"] == {"peers": "~/peers", "out": str(tmp_path / "a.json")}
+
+
 def test_a_report_without_a_place_goes_below_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     written = write_report("engine", {}, [], MACHINE)
