@@ -15,11 +15,29 @@ STREAMS = 64
 NEW_TOKENS = 24
 
 
-async def _cancel_at(stack: Stack, prompt: list[int], after_s: float) -> Answer:
-    """Let a stream run for a while, then walk away from it."""
+async def _cancel_at_once(stack: Stack, prompt: list[int]) -> Answer:
+    """Walk away before anything can have come; the workers have the request already."""
     stream = stack.submit(prompt, NEW_TOKENS)
-    asyncio.get_running_loop().call_later(after_s, stream.cancel, "test")
+    stream.cancel("test")
     return Answer([event async for event in stream])
+
+
+async def _cancel_after(stack: Stack, prompt: list[int], seconds: float) -> Answer:
+    """Let a stream run for a while, however far it comes, then walk away from it."""
+    stream = stack.submit(prompt, NEW_TOKENS)
+    asyncio.get_running_loop().call_later(seconds, stream.cancel, "test")
+    return Answer([event async for event in stream])
+
+
+async def _cancel_at_token(stack: Stack, prompt: list[int], tokens: int) -> Answer:
+    """Walk away once that many tokens are here."""
+    stream = stack.submit(prompt, NEW_TOKENS)
+    answer = Answer()
+    async for event in stream:
+        answer.events.append(event)
+        if len(answer.tokens) >= tokens:
+            stream.cancel("test")
+    return answer
 
 
 @pytest.mark.parametrize("transport", ["inproc", "ucx"])
@@ -37,9 +55,16 @@ async def test_half_of_64_streams_cancelled_at_random_points(transport, seed):
         decode_settings={"max_batch_tokens": 128, "num_blocks": 160},
     ) as stack:
         work = [(stack.answer(p, NEW_TOKENS), e) for p, e in zip(kept, expected, strict=True)]
-        for prompt in prompts[STREAMS // 2 :]:
+        at_once = 0
+        for n, prompt in enumerate(prompts[STREAMS // 2 :]):
             # From "not even submitted to a worker" over "mid-transfer" to "almost done".
-            cancelled = _cancel_at(stack, prompt, rng.random() * 1.5)
+            if n % 3 == 0:
+                cancelled = _cancel_at_once(stack, prompt)
+                at_once += 1
+            elif n % 3 == 1:
+                cancelled = _cancel_after(stack, prompt, rng.random() * 1.5)
+            else:
+                cancelled = _cancel_at_token(stack, prompt, rng.randrange(NEW_TOKENS))
             work.insert(rng.randrange(len(work)), (cancelled, None))
         answers = await asyncio.gather(*(answer for answer, _ in work))
         for answer, (_, exact) in zip(answers, work, strict=True):
@@ -49,7 +74,8 @@ async def test_half_of_64_streams_cancelled_at_random_points(transport, seed):
         for answer in answers:
             if isinstance(answer.end, Failed):
                 assert isinstance(answer.end.error, ClientGone)
-        assert sum(isinstance(a.end, Failed) for a in answers) > 5, "the cancels came too late"
+        # How many of the others come in time is the machine's affair.
+        assert sum(isinstance(a.end, Failed) for a in answers) >= at_once
         for worker in await stack.idle_pools():
             assert worker.free_blocks + worker.cached_blocks == worker.total_blocks
             assert (worker.running, worker.waiting) == (0, 0)
