@@ -88,8 +88,10 @@ class WorkerLink:
         Returns:
             Whether there was room. Where there was none, the worker must be given up.
         """
-        self.overflowed = not self._outgoing.put(message)
-        return not self.overflowed
+        if self._outgoing.put(message):
+            return True
+        self.overflowed = True
+        return False
 
     async def next_outgoing(self) -> pb.RouterMessage | None:
         """What is to be written next: one message, or a batch of those in line."""

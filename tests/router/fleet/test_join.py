@@ -191,6 +191,17 @@ async def test_worker_that_does_not_read_is_given_up_and_never_waited_for() -> N
     assert heard.lost == [("d0", "it does not read its messages")]
 
 
+async def test_room_that_comes_free_does_not_bring_a_given_up_worker_back() -> None:
+    hello = pb.Hello(worker_name="d0", role=pb.ROLE_DECODE)
+    link = WorkerLink(hello, now=0.0)
+    message = pb.RouterMessage(cancel=pb.Cancel(sequence_id=1))
+    while link.send(message):
+        pass
+    await link.next_outgoing()
+    link.send(message)
+    assert link.state.draining  # one message is missing from its line for good
+
+
 async def test_drained_worker_gets_nothing_more(fleet) -> None:
     async with fleet.worker("d0", change_hello=token) as worker:
         worker.send(pb.WorkerMessage(drained=pb.Drained()))
