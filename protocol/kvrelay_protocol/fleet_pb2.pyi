@@ -34,7 +34,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "heartbeat", "step_output", "sequence_started", "sequence_failed", "lease_granted", "kv_sent", "kv_received", "kv_missing", "drained", "batch")
+    __slots__ = ("hello", "heartbeat", "step_output", "sequence_started", "sequence_failed", "lease_granted", "kv_sent", "kv_received", "kv_missing", "drained", "batch", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     STEP_OUTPUT_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class WorkerMessage(_message.Message):
     KV_MISSING_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
     step_output: StepOutput
@@ -57,7 +58,8 @@ class WorkerMessage(_message.Message):
     kv_missing: KvMissing
     drained: Drained
     batch: WorkerBatch
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., sequence_started: _Optional[_Union[SequenceStarted, _Mapping]] = ..., sequence_failed: _Optional[_Union[SequenceFailed, _Mapping]] = ..., lease_granted: _Optional[_Union[LeaseGranted, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., kv_received: _Optional[_Union[KvReceived, _Mapping]] = ..., kv_missing: _Optional[_Union[KvMissing, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., batch: _Optional[_Union[WorkerBatch, _Mapping]] = ...) -> None: ...
+    number: int
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., sequence_started: _Optional[_Union[SequenceStarted, _Mapping]] = ..., sequence_failed: _Optional[_Union[SequenceFailed, _Mapping]] = ..., lease_granted: _Optional[_Union[LeaseGranted, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., kv_received: _Optional[_Union[KvReceived, _Mapping]] = ..., kv_missing: _Optional[_Union[KvMissing, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., batch: _Optional[_Union[WorkerBatch, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class WorkerBatch(_message.Message):
     __slots__ = ("messages",)
@@ -96,7 +98,7 @@ class Hello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join_token: _Optional[str] = ...) -> None: ...
 
 class KvLayout(_message.Message):
-    __slots__ = ("model_fingerprint", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "protocol_version")
+    __slots__ = ("model_fingerprint", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "protocol_version", "tensor_parallel")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +106,7 @@ class KvLayout(_message.Message):
     NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     dtype: str
     block_size: int
@@ -111,10 +114,11 @@ class KvLayout(_message.Message):
     num_kv_heads: int
     head_dim: int
     protocol_version: int
-    def __init__(self, model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    tensor_parallel: int
+    def __init__(self, model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., protocol_version: _Optional[int] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "used_blocks", "backlog_tokens", "prefill_tokens_per_second", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "corrupt_frames", "expired_leases", "open_transfers", "transport_bandwidth")
+    __slots__ = ("running", "waiting", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "used_blocks", "backlog_tokens", "prefill_tokens_per_second", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "corrupt_frames", "expired_leases", "open_transfers", "transport_bandwidth", "computed_tokens")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +135,7 @@ class Load(_message.Message):
     EXPIRED_LEASES_FIELD_NUMBER: _ClassVar[int]
     OPEN_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     total_blocks: int
@@ -147,13 +152,16 @@ class Load(_message.Message):
     expired_leases: int
     open_transfers: int
     transport_bandwidth: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., prefill_tokens_per_second: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., corrupt_frames: _Optional[int] = ..., expired_leases: _Optional[int] = ..., open_transfers: _Optional[int] = ..., transport_bandwidth: _Optional[float] = ...) -> None: ...
+    computed_tokens: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., prefill_tokens_per_second: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., corrupt_frames: _Optional[int] = ..., expired_leases: _Optional[int] = ..., open_transfers: _Optional[int] = ..., transport_bandwidth: _Optional[float] = ..., computed_tokens: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("load",)
+    __slots__ = ("load", "unknown")
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     load: Load
-    def __init__(self, load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    unknown: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, load: _Optional[_Union[Load, _Mapping]] = ..., unknown: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepOutput(_message.Message):
     __slots__ = ("runs",)
@@ -192,7 +200,7 @@ class SequenceFailed(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Lease(_message.Message):
-    __slots__ = ("lease_id", "epoch", "generation", "tag", "transport_address", "worker_name", "first_block", "max_message_bytes")
+    __slots__ = ("lease_id", "epoch", "generation", "tag", "transport_address", "worker_name", "first_block", "max_message_bytes", "ticket", "kv_layout")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +209,8 @@ class Lease(_message.Message):
     WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     epoch: int
     generation: int
@@ -209,7 +219,9 @@ class Lease(_message.Message):
     worker_name: str
     first_block: int
     max_message_bytes: int
-    def __init__(self, lease_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., tag: _Optional[int] = ..., transport_address: _Optional[bytes] = ..., worker_name: _Optional[str] = ..., first_block: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+    ticket: bytes
+    kv_layout: KvLayout
+    def __init__(self, lease_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., tag: _Optional[int] = ..., transport_address: _Optional[bytes] = ..., worker_name: _Optional[str] = ..., first_block: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., ticket: _Optional[bytes] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
 
 class LeaseGranted(_message.Message):
     __slots__ = ("sequence_id", "lease")
@@ -264,7 +276,7 @@ class Drained(_message.Message):
     def __init__(self) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch")
+    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "number")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +287,8 @@ class RouterMessage(_message.Message):
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    PULSE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
     submit_prefill: SubmitPrefill
@@ -285,7 +299,9 @@ class RouterMessage(_message.Message):
     cancel: Cancel
     drain: Drain
     batch: RouterBatch
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ...) -> None: ...
+    pulse: Pulse
+    number: int
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class RouterBatch(_message.Message):
     __slots__ = ("messages",)
@@ -390,6 +406,14 @@ class Cancel(_message.Message):
     sequence_id: int
     reason: str
     def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Pulse(_message.Message):
+    __slots__ = ("live", "stalled")
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
+    live: _containers.RepeatedScalarFieldContainer[int]
+    stalled: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, live: _Optional[_Iterable[int]] = ..., stalled: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("grace_seconds",)

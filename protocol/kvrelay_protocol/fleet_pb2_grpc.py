@@ -47,7 +47,9 @@ class FleetServicer:
     def Join(self, request_iterator, context):
         """Upward: hello first, then heartbeats and one StepOutput per engine step.
         Downward: welcome or refused first, then work. A broken stream is a lost worker.
-        After these first ones a message may hold several, in the order in which they would have come.
+        After these first ones a message may hold several, in the order in which they would have come,
+        and each that is written has the next number: one that is missing ends the stream, so that what
+        either side believes of the other can't drift apart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
