@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "kvrelay", "kvrelay_protocol", "kvrelay_router", "kvrelay_engine", "kvrelay_kernels",
     "kvrelay_transfer", "kvrelay_prefill", "kvrelay_decode", "kvrelay_infra",
-    "kvrelay_bench",
+    "kvrelay_bench", "kvrelay_chaos",
 }  # fmt: skip
 FORBIDDEN = ("torch", "numpy", "grpc", "google.protobuf", "fastapi", "uvicorn", "tokenizers",
              "transformers", "ucxx", "opentelemetry", "prometheus_client", "psutil", "xxhash")  # fmt: skip

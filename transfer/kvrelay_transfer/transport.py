@@ -24,6 +24,7 @@ __all__ = [
     "Truncated",
     "create_transport",
     "readable_bytes",
+    "register_transport",
     "writable_bytes",
 ]
 
@@ -184,6 +185,14 @@ _SCHEMES = {
     "ucx": ("kvrelay_transfer.ucx", "UcxTransport"),
     "inproc": ("kvrelay_transfer.inproc", "InprocTransport"),
 }
+
+
+def register_transport(scheme: str, module: str, name: str) -> None:
+    """Let `create_transport` build the class `name` of `module` for a scheme, in the place of any other.
+
+    The class is a `KVTransport` with a `from_options(mapping)` of its own.
+    """
+    _SCHEMES[scheme] = (module, name)
 
 
 def create_transport(uri: str) -> KVTransport:
