@@ -177,7 +177,7 @@ class RecordedRequest:
         """The body, parsed."""
         return json.loads(self.body)
 
-    def client_left(self, timeout: float = 5.0) -> bool:
+    def client_left(self, timeout: float = 30.0) -> bool:
         """Wait until the client closed the connection before the answer was complete."""
         return self._gone.wait(timeout)
 

@@ -7,8 +7,9 @@ import pytest
 from kvrelay import AsyncClient, Client, StreamInterrupted, TextDelta
 from kvrelay.testing import FakeServer, delay
 
-ENDLESS = [TextDelta("a"), delay(60)]
-FLOOD = [TextDelta("a")] * 100_000
+ENDLESS = [TextDelta("a"), delay(600)]
+FLOOD = [TextDelta("a"), *[TextDelta("a" * 1000)] * 100_000]
+"""More than the buffers of any socket hold."""
 
 
 @pytest.fixture(params=[ENDLESS, FLOOD], ids=["silent", "flooding"])
@@ -44,10 +45,9 @@ def test_an_exception_in_the_body_cancels_too(endless):
 def test_cancel_wakes_a_reader_in_another_thread():
     with FakeServer(ENDLESS) as server, Client(server.base_url) as client:
         with client.stream("x", model="fake") as stream:
+            assert next(stream).text == "a"
             threading.Timer(0.2, stream.cancel).start()
-            began = time.monotonic()
-            assert [event.text for event in stream] == ["a"]
-            assert time.monotonic() - began < 5
+            assert list(stream) == []
             with pytest.raises(StreamInterrupted) as caught:
                 stream.final()
         assert caught.value.partial == "a"
@@ -59,12 +59,13 @@ async def test_cancel_wakes_a_reader_in_another_task():
     with FakeServer(ENDLESS) as server:
         async with AsyncClient(server.base_url) as client:
             async with client.stream("x", model="fake") as stream:
+                assert (await anext(stream)).text == "a"
                 asyncio.get_running_loop().call_later(
                     0.2, lambda: tasks.append(asyncio.ensure_future(stream.cancel()))
                 )
                 tasks: list[asyncio.Future[None]] = []
-                async with asyncio.timeout(5):
-                    assert [event.text async for event in stream] == ["a"]
+                async with asyncio.timeout(55):
+                    assert [event async for event in stream] == []
                 await asyncio.gather(*tasks)
             assert await asyncio.to_thread(server.requests[0].client_left)
 
@@ -104,7 +105,7 @@ def test_no_thread_outlives_its_stream(server):
         for _ in range(5):
             with client.stream("x", model="fake") as stream:
                 next(stream)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while [t for t in threading.enumerate() if t.name == "kvrelay-deadline"]:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -113,7 +113,7 @@ def test_retry_after_is_waited_for(ask, server):
     server.queue(status(429, headers={"retry-after-ms": "150", "retry-after": "30"}))
     began = time.monotonic()
     assert ask(server).final is not None
-    assert 0.15 <= time.monotonic() - began < 5
+    assert 0.15 <= time.monotonic() - began < 29
 
 
 def test_no_pause_goes_beyond_the_total_limit(ask, server):
@@ -121,10 +121,10 @@ def test_no_pause_goes_beyond_the_total_limit(ask, server):
 
     server.queue(status(503, headers={"retry-after": "30"}))
     began = time.monotonic()
-    asked = ask(server, timeout=Timeout(total=2.0))
+    asked = ask(server, timeout=Timeout(total=29.0))
     assert isinstance(asked.error, APIStatusError)
     assert asked.error.retry_after == 30
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 29
 
 
 def test_no_retries_means_none(server):
@@ -194,11 +194,20 @@ def test_a_stream_cancelled_while_it_pauses_sends_nothing_more():
     import threading
 
     with FakeServer([drop()]) as server:
-        patient = Retries(backoff_s=30, backoff_max_s=30)
+        patient = Retries(backoff_s=600, backoff_max_s=600)  # a pause of half of it at least
         with Client(server.base_url, retries=patient) as client:
+
+            def cancel() -> None:
+                while not server.chats():
+                    time.sleep(0.01)
+                time.sleep(0.2)  # for the client to notice that its connection is gone
+                stream.cancel()
+
             began = time.monotonic()
             with client.stream("x", model="fake") as stream:
-                threading.Timer(0.2, stream.cancel).start()
+                cancelling = threading.Thread(target=cancel)
+                cancelling.start()
                 assert list(stream) == []
-        assert time.monotonic() - began < 5
+                cancelling.join()
+        assert time.monotonic() - began < 300
         assert len(server.chats()) == 1

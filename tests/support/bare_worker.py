@@ -98,7 +98,7 @@ class Bench:
 
     async def stopped(self) -> None:
         """Everything is given back: blocks, staging buffers, book-keeping."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await self.worker.wait_idle()
         self.run_commands()
         counts = self.scheduler.allocator.counts
@@ -173,6 +173,6 @@ def open_transfer(granted: pb.LeaseGranted) -> pb.RouterMessage:
 
 async def until(condition: Callable[[], object]) -> None:
     """Let tasks run until the condition holds."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)

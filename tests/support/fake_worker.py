@@ -136,7 +136,7 @@ class FakeWorker:
         self._call = fleet_pb2_grpc.FleetStub(self._channel).Join(self._requests())
         self._spawn(self._receive())
         self._spawn(self._heartbeats())
-        await asyncio.wait_for(self._welcome.wait(), 10)
+        await asyncio.wait_for(self._welcome.wait(), 60)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -175,7 +175,7 @@ class FakeWorker:
     def messages(self, kind: str) -> list[object]:
         return [getattr(m, kind) for m in self.seen if _kind(m) == kind]
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():
                 await asyncio.sleep(0.005)

@@ -60,7 +60,7 @@ def test_a_typed_error_is_one_line_and_its_exit_code(capsys, error, when):
 def test_a_signal_while_serving_sets_shutdown(number):
     async def serve(_engine, shutdown):
         os.kill(os.getpid(), number)
-        await asyncio.wait_for(shutdown.wait(), 5)
+        await asyncio.wait_for(shutdown.wait(), 60)
 
     assert run_process(lambda: None, serve) == 0
 
@@ -71,7 +71,7 @@ from kvrelay_engine.runtime.process import run_process
 
 def start():
     print("loading", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 async def serve(engine, shutdown):
     pass
@@ -90,7 +90,7 @@ def test_a_signal_while_loading_ends_the_process_at_once(number, code):
     with process:
         assert process.stdout.readline() == b"loading\n"
         process.send_signal(number)
-        assert process.wait(20) == code
+        assert process.wait(60) == code
         assert process.stderr.read() == b""
 
 
