@@ -98,7 +98,7 @@ class Hello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join_token: _Optional[str] = ...) -> None: ...
 
 class KvLayout(_message.Message):
-    __slots__ = ("model_fingerprint", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "protocol_version", "tensor_parallel")
+    __slots__ = ("model_fingerprint", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "protocol_version", "tensor_parallel", "tensor_rank")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class KvLayout(_message.Message):
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_RANK_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     dtype: str
     block_size: int
@@ -115,10 +116,11 @@ class KvLayout(_message.Message):
     head_dim: int
     protocol_version: int
     tensor_parallel: int
-    def __init__(self, model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., protocol_version: _Optional[int] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
+    tensor_rank: int
+    def __init__(self, model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., protocol_version: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., tensor_rank: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "used_blocks", "backlog_tokens", "prefill_tokens_per_second", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "corrupt_frames", "expired_leases", "open_transfers", "transport_bandwidth", "computed_tokens")
+    __slots__ = ("running", "waiting", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "used_blocks", "backlog_tokens", "prefill_tokens_per_second", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "corrupt_frames", "expired_leases", "open_transfers", "transport_bandwidth", "computed_tokens", "foreign_frames", "repeated_messages", "missing_messages", "silent_routers", "let_go")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +138,11 @@ class Load(_message.Message):
     OPEN_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FOREIGN_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    SILENT_ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    LET_GO_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     total_blocks: int
@@ -153,7 +160,12 @@ class Load(_message.Message):
     open_transfers: int
     transport_bandwidth: float
     computed_tokens: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., prefill_tokens_per_second: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., corrupt_frames: _Optional[int] = ..., expired_leases: _Optional[int] = ..., open_transfers: _Optional[int] = ..., transport_bandwidth: _Optional[float] = ..., computed_tokens: _Optional[int] = ...) -> None: ...
+    foreign_frames: int
+    repeated_messages: int
+    missing_messages: int
+    silent_routers: int
+    let_go: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., prefill_tokens_per_second: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., corrupt_frames: _Optional[int] = ..., expired_leases: _Optional[int] = ..., open_transfers: _Optional[int] = ..., transport_bandwidth: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., foreign_frames: _Optional[int] = ..., repeated_messages: _Optional[int] = ..., missing_messages: _Optional[int] = ..., silent_routers: _Optional[int] = ..., let_go: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("load", "unknown")
@@ -422,7 +434,7 @@ class Drain(_message.Message):
     def __init__(self, grace_seconds: _Optional[float] = ...) -> None: ...
 
 class Handover(_message.Message):
-    __slots__ = ("first_token", "first_token_index", "prompt_tokens", "computed_at", "cached_tokens", "transport", "send_seconds")
+    __slots__ = ("first_token", "first_token_index", "prompt_tokens", "computed_at", "cached_tokens", "transport", "send_seconds", "gather_seconds_each", "send_seconds_each")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_INDEX_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -430,6 +442,8 @@ class Handover(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     SEND_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GATHER_SECONDS_EACH_FIELD_NUMBER: _ClassVar[int]
+    SEND_SECONDS_EACH_FIELD_NUMBER: _ClassVar[int]
     first_token: int
     first_token_index: int
     prompt_tokens: int
@@ -437,4 +451,6 @@ class Handover(_message.Message):
     cached_tokens: int
     transport: str
     send_seconds: float
-    def __init__(self, first_token: _Optional[int] = ..., first_token_index: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., computed_at: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., transport: _Optional[str] = ..., send_seconds: _Optional[float] = ...) -> None: ...
+    gather_seconds_each: _containers.RepeatedScalarFieldContainer[float]
+    send_seconds_each: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, first_token: _Optional[int] = ..., first_token_index: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., computed_at: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., transport: _Optional[str] = ..., send_seconds: _Optional[float] = ..., gather_seconds_each: _Optional[_Iterable[float]] = ..., send_seconds_each: _Optional[_Iterable[float]] = ...) -> None: ...
