@@ -12,7 +12,7 @@ def with_growing_limit(check: Callable[[float], None], seconds: float) -> None:
     for limit in (seconds, 5 * seconds):
         try:
             check(limit)
-        except Exception:  # noqa: BLE001, S112 - tried again with a longer one
+        except Exception:  # noqa: S112 - tried again with a longer one
             continue
         return
     check(25 * seconds)

@@ -1,6 +1,7 @@
 """A `RequestService` that plays scripts, for tests of the HTTP edge, and a model folder for it."""
 
 import asyncio
+import contextlib
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -41,7 +42,17 @@ class Wait:
     seconds: float | None = None
 
 
-Step = RequestEvent | Wait | Exception
+@dataclass(slots=True)
+class Gate:
+    """A pause until the test opens it, from any thread."""
+
+    is_open: bool = False
+
+    def open(self) -> None:
+        self.is_open = True
+
+
+Step = RequestEvent | Wait | Gate | Exception
 Script = Callable[[ValidRequest], Sequence[Step]]
 
 
@@ -133,12 +144,18 @@ class ScriptedStream:
             step = self._steps.popleft()
             if isinstance(step, Exception):
                 raise step
-            if not isinstance(step, Wait):
+            if isinstance(step, Gate):
+                if not step.is_open:
+                    self._steps.appendleft(step)
+                    await self._pause(0.005)
+            elif isinstance(step, Wait):
+                await self._pause(step.seconds)
+            else:
                 return step
-            try:
-                await asyncio.wait_for(self._wake.wait(), step.seconds)
-            except TimeoutError:
-                continue
+
+    async def _pause(self, seconds: float | None) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), seconds)
 
     def stop_early(self) -> None:
         self.stopped_early = True

@@ -75,7 +75,7 @@ class LiveServer:
 
     def __exit__(self, *_):
         self._server.should_exit = True
-        self._thread.join(15)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 
@@ -113,7 +113,7 @@ def quick():
 def until():
     """Waits for a condition of another thread."""
 
-    def wait(condition, timeout=5.0):
+    def wait(condition, timeout=60.0):
         give_up = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < give_up, "timed out"

@@ -54,7 +54,7 @@ class Process:
         self._process.send_signal(number)
 
     def end(self):
-        out, err = self._process.communicate(timeout=20)
+        out, err = self._process.communicate(timeout=60)
         return self._process.returncode, out, err
 
     def kill(self):
@@ -99,27 +99,26 @@ def test_a_router_announces_itself_serves_and_stops(start):
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_open_streams_get_the_grace_and_a_second_signal_ends_it(start, signals):
-    grace = 1.0 if signals == 1 else 30.0
-    process = start(queue_timeout_s=60, drain_grace_s=grace).wait_until_serving()
+def test_open_streams_get_the_grace_and_a_second_signal_ends_it(start, until, signals):
+    # The longer ones end nothing while the test waits.
+    grace = 0.5 if signals == 1 else 600.0
+    process = start(queue_timeout_s=600, drain_grace_s=grace).wait_until_serving()
     with httpx.stream(
         "POST",
         f"{process.url}/v1/chat/completions",
         json=CHAT,
-        timeout=20,
+        timeout=60,
         headers={"x-stream-protocol": "1"},
     ) as reply:
         assert reply.status_code == 200  # queued: no worker has joined
-        began = time.monotonic()
         process.signal()
-        time.sleep(0.3)
-        refused = httpx.post(f"{process.url}/v1/chat/completions", json=CHAT)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_draining")
-        assert httpx.get(f"{process.url}/health").json()["phase"] == "draining"
         if signals == 2:
+            until(lambda: httpx.get(f"{process.url}/health").json()["phase"] == "draining")
+            refused = httpx.post(f"{process.url}/v1/chat/completions", json=CHAT)
+            answer = (refused.status_code, refused.json()["error"]["code"])
+            assert answer == (503, "server_draining")
             process.signal()
         text = reply.read().decode()
-    assert time.monotonic() - began < 5
     assert '"code":"server_draining"' in text
     assert text.endswith("data: [DONE]\n\n")
     assert process.end()[0] == 0
@@ -181,7 +180,7 @@ def test_an_unknown_host_is_a_usage_error():
 
 @pytest.mark.parametrize("where", ["header", "path"])
 def test_an_endless_head_is_refused(live, where):
-    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=60) as connection:
         start = b"GET /health HTTP/1.1\r\nx-long: " if where == "header" else b"GET /health?"
         connection.sendall(start)
         sent = 0
@@ -198,7 +197,7 @@ def test_an_endless_head_is_refused(live, where):
 
 def raw(port, *pieces):
     """What comes back for these bytes, until the server closes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         for piece in pieces:
             connection.sendall(piece)
         received = b""
@@ -246,7 +245,7 @@ def test_a_client_that_never_finishes_its_request_is_disconnected(live, monkeypa
 
 def test_a_supervised_router_prints_its_phases_and_nothing_else(start):
     process = start(supervised=True, port=(port := free_port("127.0.0.1")))
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 60
     while not accepts_connections("127.0.0.1", port):
         assert time.monotonic() < give_up
         time.sleep(0.05)

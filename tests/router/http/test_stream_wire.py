@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import json
 import socket
-import time
 
 import httpx
 import pytest
-from scripted_service import LOCAL, PATH, Wait, answer, stats
+from scripted_service import LOCAL, PATH, Gate, Wait, answer, stats
 
 from kvrelay_protocol.errors import WorkerLost
+from kvrelay_router.http.answer import Patience
 from kvrelay_router.requests.types import (
     Failed,
     Finished,
@@ -38,8 +38,20 @@ def frames(text):
 
 def post(server, headers=None, **change):
     return httpx.post(
-        f"{server.url}/v1/chat/completions", json={**BODY, **change}, headers=headers, timeout=10
+        f"{server.url}/v1/chat/completions", json={**BODY, **change}, headers=headers, timeout=60
     )
+
+
+def post_and_open(server, gate, signs, sign=": ping", headers=None, **change):
+    """Text of a stream whose script waits at the gate until this many signs of life came."""
+    request = {"json": {**BODY, **change}, "headers": headers, "timeout": 60}
+    text = ""
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", **request) as reply:
+        for piece in reply.iter_text():
+            text += piece
+            if text.count(sign) >= signs:
+                gate.open()
+    return reply, text
 
 
 def test_an_ordinary_client_sees_only_data_frames(serve, service, ids):
@@ -74,23 +86,26 @@ def test_local_path_and_reason_are_in_the_head(serve, service, ids):
 
 
 def test_a_long_queue_sends_the_head_and_signs_of_life(serve, service, ids, quick):
+    gate = Gate()
     service.script = lambda request: [
-        Queued(3, 1.0), Wait(0.35), Queued(1, None), Wait(0.1), Placed(PATH, 0), Started(0),
+        Queued(3, 1.0), gate, Queued(1, None), Wait(0.1), Placed(PATH, 0), Started(0),
         Tokens(ids), Finished(FinishReason.STOP, stats(request, len(ids))),
     ]  # fmt: skip
-    reply = post(serve(patience=quick))
+    reply, text = post_and_open(serve(patience=quick), gate, signs=2)
     assert reply.headers["x-kvrelay-path"] == "pending"
-    seen = frames(reply.text)
+    seen = frames(text)
     assert seen[0] == seen[1] == ": ping"
-    assert "event:" not in reply.text
-    assert "Hello there" in reply.text
+    assert "event:" not in text
+    assert "Hello there" in text
 
 
 def test_a_failure_after_a_pending_head_is_an_error_frame(serve, service, quick):
-    service.script = lambda _: [Queued(3, 1.0), Wait(0.25), Failed(WorkerLost("gone"))]
-    reply = post(serve(patience=quick), headers={"x-request-id": "r-1"})
+    gate = Gate()
+    service.script = lambda _: [Queued(3, 1.0), gate, Failed(WorkerLost("gone"))]
+    server = serve(patience=quick)
+    reply, text = post_and_open(server, gate, signs=1, headers={"x-request-id": "r-1"})
     assert reply.status_code == 200
-    *_, error, done = frames(reply.text)
+    *_, error, done = frames(text)
     assert done == "data: [DONE]"
     assert json.loads(error[6:])["error"] == {
         "message": "gone (request id r-1)",
@@ -101,13 +116,15 @@ def test_a_failure_after_a_pending_head_is_an_error_frame(serve, service, quick)
 
 
 def test_sdk_streams_have_named_events(serve, service, ids, quick):
+    gate = Gate()
     service.script = lambda request: [
-        Queued(2, 0.5), Wait(0.25), Placed(PATH, 0), Started(7), Tokens(ids[:1]),
+        Queued(2, 0.5), gate, Placed(PATH, 0), Started(7), Tokens(ids[:1]),
         Resumed(0.4, 1), Tokens(ids[1:]), Finished(FinishReason.STOP, stats(request, len(ids))),
     ]  # fmt: skip
-    reply = post(serve(patience=quick), headers=SDK, stream_options={"include_usage": True})
+    options = {"headers": SDK, "stream_options": {"include_usage": True}}
+    _, text = post_and_open(serve(patience=quick), gate, 1, "event: ping", **options)
     events = []
-    for frame in frames(reply.text):
+    for frame in frames(text):
         name, _, data = frame.rpartition("data: ")
         events.append((name.removeprefix("event: ").strip(), data))
     named = {name: json.loads(data) for name, data in events if name}
@@ -126,7 +143,7 @@ def test_sdk_streams_have_named_events(serve, service, ids, quick):
     }  # fmt: skip
     assert [name for name, _ in events][-3:] == ["", "timings", ""]
     assert json.loads(events[-3][1])["usage"]["completion_tokens"] == len(ids)
-    assert "\n: ping" not in reply.text
+    assert "\n: ping" not in text
 
 
 def test_continuous_usage_is_in_every_chunk(serve, service, ids):
@@ -147,7 +164,8 @@ def test_continuous_usage_is_in_every_chunk(serve, service, ids):
 def test_a_client_that_leaves_cancels_at_once(serve, service, ids, until, stream, started):
     begin = [Placed(PATH, 0), Started(0), Tokens(ids)] if started else [Queued(1, None)]
     service.script = lambda _: [*begin, Wait(None)]
-    server = serve()
+    # No sign of life is sent whose loss would show that the client is gone.
+    server = serve(patience=Patience(ping_s=600))
     raw = json.dumps({**BODY, "stream": stream, "n": 2}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(
@@ -158,9 +176,7 @@ def test_a_client_that_leaves_cancels_at_once(serve, service, ids, until, stream
         if stream and started:
             connection.recv(100)
         assert not service.last.cancelled
-        left = time.monotonic()
     until(lambda: all(s.cancelled for s in service.streams))
-    assert time.monotonic() - left < 0.5
     assert service.last.cancelled[0] == "client disconnected"
 
 
@@ -179,7 +195,7 @@ def test_a_client_that_reads_nothing_is_dropped_and_cancelled(serve, service, mo
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw)
         )
-        until(lambda: service.streams and service.last.cancelled, timeout=20)
+        until(lambda: service.streams and service.last.cancelled)
         # Cut, not ended: what a late reader finds is no complete answer.
         received = b""
         with contextlib.suppress(ConnectionResetError):
