@@ -12,6 +12,11 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def launched(command: list[str]) -> list[str]:
+    """The command line that runs `command` as a child which can't outlive this process."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+
+
 def main(arguments: list[str]) -> None:
     """Tie this process to its parent, then replace it."""
     parent, command = int(arguments[0]), arguments[1:]

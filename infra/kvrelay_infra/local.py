@@ -10,14 +10,16 @@ import json
 import queue
 import signal
 import ssl
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Self
 
 from kvrelay_infra.console import Console
+from kvrelay_infra.forking import ForkServer, ForkState
 from kvrelay_infra.host import accepts_connections
 from kvrelay_infra.process import ChildProcess, ChildSpec
 from kvrelay_infra.supervisor_machine import (
@@ -63,6 +65,9 @@ class LocalFleet:
     join_port: int
     tls: bool = False
     drain_grace_s: float = 30.0
+    preload: str = ""
+    """`module:function` that imports what the preloaded children need; empty: every child does so itself."""
+    preload_environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base_url(self) -> str:
@@ -116,6 +121,11 @@ def _parse_health(body: bytes) -> tuple[frozenset[str], dict[str, Any]]:
     return frozenset(name for name in names if isinstance(name, str)), page
 
 
+@dataclass(frozen=True, slots=True)
+class _CanFork:
+    """The fork server has preloaded what workers need, or is gone."""
+
+
 class Supervisor:
     """Runs one fleet until it is stopped or its first start fails. One `run` per instance."""
 
@@ -133,8 +143,11 @@ class Supervisor:
         console.name_width = max(map(len, self._specs))
         self._machine = SupervisorMachine(fleet.router.name, [spec.name for spec in fleet.workers])
         # SimpleQueue: `put` may run in a signal handler while the same thread is inside `get`.
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | _CanFork] = queue.SimpleQueue()
         self._children: dict[str, ChildProcess] = {}
+        self._fork_server: ForkServer | None = None
+        self._unborn: list[str] = []
+        """Children that wait for the fork server."""
         self._timers: dict[str, tuple[float, Event]] = {}
         self._done = threading.Event()
         self._began = time.monotonic()
@@ -155,14 +168,20 @@ class Supervisor:
         previous = self._install_signals() if handle_signals else {}
         watcher = threading.Thread(target=self._watch, name="health", daemon=True)
         try:
+            self._preload()
             self._carry_out(self._machine.handle(Begin()))
             watcher.start()
-            while True:
-                finish = self._carry_out(self._machine.handle(self._next_event()))
-                if finish is not None:
-                    break
+            finish = None
+            while finish is None:
+                event = self._next_event()
+                if isinstance(event, _CanFork):
+                    self._start_unborn()
+                else:
+                    finish = self._carry_out(self._machine.handle(event))
         finally:
             self._done.set()
+            if self._fork_server is not None:
+                self._fork_server.close()
             # Only after a defect of ours are there any left.
             for child in self._children.values():
                 child.kill()
@@ -200,7 +219,20 @@ class Supervisor:
             previous[number] = signal.signal(number, on_signal)
         return previous
 
-    def _next_event(self) -> Event:
+    def _preload(self) -> None:
+        """Start a fork server, where children can use one and none is there."""
+        wanted = self._fleet.preload and any(spec.preloaded for spec in self._fleet.workers)
+        if not wanted or sys.platform != "linux":
+            return
+        if self._fork_server is not None:
+            self._fork_server.close()
+        self._fork_server = ForkServer(
+            self._fleet.preload,
+            self._fleet.preload_environment,
+            on_ready=lambda _usable: self._events.put(_CanFork()),
+        )
+
+    def _next_event(self) -> Event | _CanFork:
         while True:
             now = time.monotonic()
             due = min(self._timers, key=lambda name: self._timers[name][0], default=None)
@@ -235,6 +267,9 @@ class Supervisor:
                 case Wake(name, after_s):
                     self._console.line(f"  {name} starts again in {after_s:.0f} s")
                     self._timers[name] = (time.monotonic() + after_s, WakeDue(name))
+                case Terminate(name) | Kill(name) if name in self._unborn:
+                    self._unborn.remove(name)
+                    self._events.put(Exited(name, -signal.SIGTERM, time.monotonic()))
                 case Terminate(name):
                     self._children[name].terminate()
                 case Kill(name):
@@ -253,11 +288,23 @@ class Supervisor:
     def _spawn(self, name: str) -> None:
         if name in self._children:
             self._console.line(f"  {name} starts again")
+        server = self._fork_server
+        if server is not None and server.state is ForkState.LOADING and self._specs[name].preloaded:
+            self._unborn.append(name)
+            return
         self._children[name] = ChildProcess(
             self._specs[name],
             on_line=self._console.child_line,
             on_exit=self._on_exit,
+            fork_server=server,
         )
+        if server is not None and server.state is ForkState.GONE:
+            self._preload()  # for the next one
+
+    def _start_unborn(self) -> None:
+        unborn, self._unborn = self._unborn, []
+        for name in unborn:
+            self._spawn(name)
 
     def _on_exit(self, name: str, status: int) -> None:
         if self._machine.phase in {Phase.WORKERS, Phase.SERVING}:

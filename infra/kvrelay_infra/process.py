@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
-_LAUNCHER = Path(__file__).with_name("launcher.py")
+from kvrelay_infra.forking import ForkedProcess, ForkServer
+from kvrelay_infra.launcher import launched
+
 _TAIL_LINES = 40
 
 
@@ -24,6 +25,8 @@ class ChildSpec:
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to our own environment."""
+    preloaded: bool = False
+    """Its command is `[python, "-m", module, ...]` and needs what the fork server has imported."""
 
 
 class ChildProcess:
@@ -39,6 +42,7 @@ class ChildProcess:
         *,
         on_line: Callable[[str, str], None],
         on_exit: Callable[[str, int], None],
+        fork_server: ForkServer | None = None,
     ) -> None:
         self.spec = spec
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -47,16 +51,7 @@ class ChildProcess:
         self._segments: list[Path] = []
         # Held while signalling and while reaping: a reaped pid may belong to someone else.
         self._reaping = threading.Lock()
-        launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid())]
-        self._process = subprocess.Popen(
-            [*launcher, *spec.command],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **spec.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            # A session of its own: Ctrl-C in the terminal reaches only the supervisor.
-            start_new_session=True,
-        )
+        self._process = _start(spec, fork_server if spec.preloaded else None)
         self._reader = threading.Thread(target=self._read, name=f"{spec.name}-output", daemon=True)
         self._waiter = threading.Thread(target=self._wait, name=f"{spec.name}-wait", daemon=True)
         self._reader.start()
@@ -91,6 +86,12 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
+    def _reap_group(self) -> None:
+        # A forked child's own children become ours when it dies (forking.py).
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-self._process.pid, os.WNOHANG)[0]:
+                pass
+
     def _read(self) -> None:
         stdout = cast("IO[bytes]", self._process.stdout)
         for raw in stdout:
@@ -106,11 +107,31 @@ class ChildProcess:
         with self._reaping:
             self._kill_group()
             status = self._process.wait()
+        self._reap_group()
         # What it could not remove itself any more.
         for segment in self._segments:
             segment.unlink(missing_ok=True)
         self._reader.join(timeout=2.0)
         self._on_exit(self.spec.name, status)
+
+
+def _start(
+    spec: ChildSpec, fork_server: ForkServer | None
+) -> "subprocess.Popen[bytes] | ForkedProcess":
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.environment}
+    if fork_server is not None:
+        # Without the fork server it starts all the same, only later.
+        with contextlib.suppress(OSError):
+            return fork_server.spawn(spec.command, environment)
+    return subprocess.Popen(
+        launched(list(spec.command)),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # A session of its own: Ctrl-C in the terminal reaches only the supervisor.
+        start_new_session=True,
+    )
 
 
 def _mapped_segments(pid: int) -> list[Path]:

@@ -6,6 +6,7 @@ Workers connect and send their name; `/health` lists those whose connection is o
 import contextlib
 import http.server
 import json
+import os
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ import time
 
 http_port, join_port = int(sys.argv[1]), int(sys.argv[2])
 drain_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+print(f"pid {os.getpid()}", flush=True)
 joined: set[str] = set()
 stop = threading.Event()
 

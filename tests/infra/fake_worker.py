@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
+
 name, join_port = sys.argv[1], int(sys.argv[2])
 mode = sys.argv[3] if len(sys.argv) > 3 else ""
 
@@ -34,6 +36,8 @@ if mode == "segment":
     with segment.open("r+b") as file:
         mapped = mmap.mmap(file.fileno(), 0)
     print(f"segment {segment}", flush=True)
+print(f"loaded by {preloaded.PID}", flush=True)
+print(f"parent {os.getppid()}", flush=True)
 print(f"pid {os.getpid()} group {os.getpgid(0)} session {os.getsid(0)}", flush=True)
 while True:
     try:

@@ -12,12 +12,16 @@ settings = json.loads(sys.argv[1])
 console = Console()
 fleet = LocalFleet(
     router=ChildSpec("router", settings["router"]),
-    workers=[ChildSpec(name, command) for name, command in settings["workers"].items()],
+    workers=[
+        ChildSpec(name, command, preloaded="-m" in command)
+        for name, command in settings["workers"].items()
+    ],
     http_host="127.0.0.1",
     http_port=settings["http_port"],
     join_host="127.0.0.1",
     join_port=settings["join_port"],
     drain_grace_s=settings.get("drain_grace_s", 5.0),
+    preload=settings["preload"],
 )
 supervisor = Supervisor(fleet, console, on_ready=lambda: console.line("serving"))
 try:

@@ -13,24 +13,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_ports
 
 from kvrelay_infra.console import Console
-from kvrelay_infra.host import free_port
 from kvrelay_infra.local import LocalFleet, LocalStack, describe_status
 from kvrelay_infra.process import ChildSpec
 from kvrelay_protocol.errors import WorkerStartFailed
 
 HERE = Path(__file__).parent
+WORKERS = ("prefill-0", "decode-0")
+
+
+@pytest.fixture(params=["started", "forked"], autouse=True)
+def forked(request, monkeypatch) -> bool:
+    """Everything holds for workers that the fork server makes as well."""
+    monkeypatch.setattr(Running, "preload", "" if request.param == "started" else "preloaded:load")
+    return request.param == "forked"
 
 
 class Running:
     """A supervisor process and what it has printed so far."""
 
+    preload = ""
+    """`module:function` for a fork server; empty for none."""
+
     def __init__(self, *, worker_mode="", decode=None, drain_s=0.0, drain_grace_s=60.0):
-        http_port, join_port = free_port("127.0.0.1"), free_port("127.0.0.1")
+        http_port, join_port = free_ports(2)
         workers = {
-            name: [sys.executable, str(HERE / "fake_worker.py"), name, str(join_port), worker_mode]
-            for name in ("prefill-0", "decode-0")
+            name: [sys.executable, "-m", "fake_worker", name, str(join_port), worker_mode]
+            for name in WORKERS
         }
         if decode is not None:
             workers["decode-0"] = decode
@@ -41,6 +52,7 @@ class Running:
             "http_port": http_port,
             "join_port": join_port,
             "drain_grace_s": drain_grace_s,
+            "preload": self.preload,
         }
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "run_supervisor.py"), json.dumps(settings)],
@@ -48,6 +60,7 @@ class Running:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *_python_path()])},
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
@@ -74,6 +87,10 @@ class Running:
         status = self.process.wait(timeout_s)
         self._reader.join(60)
         return status
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 @contextlib.contextmanager
@@ -148,9 +165,8 @@ def test_a_killed_worker_is_started_again():
 def test_a_killed_router_is_started_again_on_the_same_port():
     with running() as run:
         run.wait_for("^serving$")
-        children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text()
         workers = {run.pid_of("decode-0"), run.pid_of("prefill-0")}
-        (router,) = {int(pid) for pid in children.split()} - workers
+        router = run.pid_of("router")
         os.kill(router, signal.SIGKILL)
         run.wait_for("router starts again")
         assert all(is_alive(pid) for pid in workers)
@@ -214,6 +230,56 @@ def test_what_a_worker_started_goes_with_it():
         assert run.wait() == 0
 
 
+def test_workers_are_forked_from_what_is_loaded_already(forked):
+    with running() as run:
+        run.wait_for("^serving$")
+        loads = {run.wait_for(rf"^\[{name}\] +loaded by (\d+)")[1] for name in WORKERS}
+        pids = {str(run.pid_of(name)) for name in WORKERS}
+        assert len(loads) == (1 if forked else 2)
+        assert loads.isdisjoint(pids) if forked else loads == pids
+        for name in WORKERS:
+            run.wait_for(rf"^\[{name}\] +parent {run.process.pid}$")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 0
+
+
+def test_without_its_fork_server_a_worker_starts_all_the_same(forked):
+    if not forked:
+        return
+    with running() as run:
+        run.wait_for("^serving$")
+        server = int(run.wait_for(r"^\[decode-0\] +loaded by (\d+)")[1])
+        os.kill(server, signal.SIGKILL)
+        assert_gone(server)
+        first = [run.pid_of("decode-0"), run.pid_of("prefill-0")]
+        assert all(is_alive(pid) for pid in first)
+        os.kill(first[0], signal.SIGKILL)
+        second = run.pid_of("decode-0", incarnation=2)
+        assert int(run.wait_for(r"^\[decode-0\] +loaded by (\d+)", count=2)[1]) == second
+        os.kill(first[1], signal.SIGKILL)
+        third = run.pid_of("prefill-0", incarnation=2)
+        assert int(run.wait_for(r"^\[prefill-0\] +loaded by (\d+)", count=2)[1]) not in {
+            server,
+            third,
+        }
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 0
+
+
+@pytest.mark.parametrize("preload", ["preloaded:fail", "preloaded:hang"])
+def test_a_preload_that_fails_or_hangs_costs_nothing_but_time(forked, monkeypatch, preload):
+    if not forked:
+        return
+    monkeypatch.setattr(Running, "preload", preload)
+    with running() as run:
+        if preload == "preloaded:fail":
+            run.wait_for("^serving$")
+        else:
+            run.wait_for("workers join at")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 0
+
+
 def test_a_worker_that_can_not_start_fails_the_whole_start_and_shows_its_last_lines():
     broken = [sys.executable, "-c", "print('weights are damaged'); raise SystemExit(3)"]
     with running(decode=broken) as run:
@@ -223,7 +289,7 @@ def test_a_worker_that_can_not_start_fails_the_whole_start_and_shows_its_last_li
 
 
 def fleet(*, worker: list[str] | None = None) -> LocalFleet:
-    http_port, join_port = free_port("127.0.0.1"), free_port("127.0.0.1")
+    http_port, join_port = free_ports(2)
     command = worker or [str(HERE / "fake_worker.py"), "decode-0", str(join_port)]
     router = [sys.executable, str(HERE / "fake_router.py"), str(http_port), str(join_port)]
     return LocalFleet(

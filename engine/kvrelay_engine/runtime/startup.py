@@ -88,6 +88,13 @@ class Engine:
     """Tokens of prompt plus answer: the smallest of the model's, the operator's and the pool's limit."""
 
 
+def import_engine() -> None:
+    """Import everything that `start_engine` needs; the rest of it is measured in milliseconds."""
+    import kvrelay_engine.loading
+    import kvrelay_engine.models.weights
+    import kvrelay_engine.runtime.warmup  # noqa: F401 - for `start_engine`
+
+
 def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
     """Load the weights, allocate the pool, run one step.
 

@@ -119,6 +119,7 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
                 own.name,
                 _command(role, model, to_arguments(WORKER_FLAGS, own)),
                 thread_environment(count) | to_environment(WORKER_FLAGS, own),
+                preloaded=True,
             )
         )
     router = ChildSpec(
@@ -135,6 +136,8 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         join_port=values.join_port,
         tls=values.tls_cert is not None,
         drain_grace_s=values.drain_grace,
+        preload="kvrelay.cli.preload:preload_workers",
+        preload_environment=thread_environment(1),
     )
 
 
