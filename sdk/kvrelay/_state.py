@@ -226,6 +226,7 @@ def timings_of(fields: Mapping[str, Any], started: Started | None = None) -> Tim
         queue_ms=number("queue_ms"),
         prefill_ms=number("prefill_ms"),
         kv_transfer_ms=number("kv_transfer_ms"),
+        kv_exposed_ms=number("kv_exposed_ms"),
         decode_ms=number("decode_ms"),
         tokens_per_s=number("tokens_per_second"),
         kv_bytes=whole("kv_bytes"),

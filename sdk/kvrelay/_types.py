@@ -124,6 +124,8 @@ class Timings:
     queue_ms: float | None = None
     prefill_ms: float | None = None
     kv_transfer_ms: float | None = None
+    kv_exposed_ms: float | None = None
+    """The part of the transfer that prefill did not hide."""
     decode_ms: float | None = None
     tokens_per_s: float | None = None
     kv_bytes: int | None = None

@@ -129,9 +129,15 @@ def test_a_run_between_real_processes_hands_over_exact_blocks(tmp_path, capsys):
         out=str(out),
         plot=str(plot),
         skip_perftest="true",
+        model="tiny",
     )
     assert run_transfer(values) == 0
     report = json.loads(out.read_text())
+    (asked,) = report["stack"]
+    assert asked["tokens"] == 40
+    # 40 tokens in blocks of 16 and 2 layers of 2 heads of 16, keys and values of two bytes each.
+    assert asked["kv_bytes"] - 48 * 2 * 2 * 16 * 2 * 2 in range(160, 4096)
+    assert 0 <= asked["kv_exposed_ms"] < asked["ttft_ms"]
     (row,) = report["rows"]
     assert set(row["gb_per_s"]) == {"memcpy", "gather", "scatter", "send", "plain"}
     assert all(rate > 0 for rate in row["gb_per_s"].values())
@@ -143,7 +149,9 @@ def test_a_run_between_real_processes_hands_over_exact_blocks(tmp_path, capsys):
     # 40 tokens are three blocks; the header of each message and the record come on top.
     assert whole["bytes"] - 3 * LAYOUT.block_bytes in range(160, 4096)
     assert "<svg" in plot.read_text()
-    assert report["transport"] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert report["transport"] in printed
+    assert "exposed of TTFT" in printed
 
 
 def scripted(monkeypatch, *endings):

@@ -28,7 +28,7 @@ ANSWER = (
     TextDelta("Join"),
     TextDelta("s paths."),
     timings(path="disaggregated", prefill_worker="prefill-0", decode_worker="decode-0",
-            kv_bytes=1572864, kv_transport="tcp/lo", kv_gbps=0.5, cached_tokens=16,
+            kv_bytes=1572864, kv_transport="tcp/lo", kv_gbps=0.5, kv_exposed_ms=1.25, cached_tokens=16,
             tokens_per_second=200.0, reason="least_loaded"),
     Finished("stop"),
     Usage(40, 25, 65, 16),
@@ -58,7 +58,7 @@ def test_the_card_says_what_happened(server, capsys):
     assert lines == [
         "  path      disaggregated: prefill-0 → decode-0 (least_loaded)",
         "  speed     200.0 tokens/s, 25 tokens",
-        "  KV moved  1.5 MiB over tcp/lo at 0.50 GB/s",
+        "  KV moved  1.5 MiB over tcp/lo at 0.50 GB/s, 1.2 ms of it after the prefill",
         "  cached    16 of 40 prompt tokens",
         f"  trace     {reply.trace_id}",
     ]

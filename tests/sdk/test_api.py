@@ -134,6 +134,7 @@ FIELDS = {
         "queue_ms",
         "prefill_ms",
         "kv_transfer_ms",
+        "kv_exposed_ms",
         "decode_ms",
         "tokens_per_s",
         "kv_bytes",

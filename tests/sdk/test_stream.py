@@ -106,6 +106,7 @@ def test_timings_join_what_server_and_client_measured(ask):
         "queue_ms": 1.0,
         "prefill_ms": 20.0,
         "kv_transfer_ms": 3.0,
+        "kv_exposed_ms": 0.5,
         "decode_ms": 40.0,
         "time_to_first_token_ms": 25.0,
         "tokens_per_second": 50.0,

@@ -29,6 +29,7 @@ from kvrelay_transfer.kit import TransferKit
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.lease import LeaseId, OpenLease
 from kvrelay_transfer.staging import StagingBuffers
+from kvrelay_transfer.ticket import new_ticket
 from kvrelay_transfer.transport import create_transport
 
 _DEADLINE_S = 150.0
@@ -84,8 +85,7 @@ async def _hand_over(
     count = blocks_of(tokens)
     blocks = shuffled_blocks(count, pool.num_blocks, seed=tokens)
     sent: list[Sent] = []
-    prompt = tuple(range(count * BLOCK_SIZE))  # whole blocks, so that both digests cover the same
-    spec = SequenceSpec(1, "bench", prompt, 0, 1, frozenset(), SamplingParams(), _DEADLINE_S)
+    spec = _spec_of(count)
     sender = KvSender(spec, kit, pool, lease_s=_DEADLINE_S, on_sent=sent.append)
     sender.admitted(blocks, count, _TRACE)
     sender.computed(FirstOutput(token=1, cached_tokens=0))
@@ -93,7 +93,7 @@ async def _hand_over(
     granted = await _hear(child)
     identity = LeaseId(bytes.fromhex(granted["lease_id"]), granted["epoch"], granted["generation"])
     lease = OpenLease(identity, granted["tag"], bytes.fromhex(granted["address"]), 0,
-                      kit.staging.nbytes)  # fmt: skip
+                      kit.staging.nbytes, LAYOUT, bytes.fromhex(granted["ticket"]))  # fmt: skip
     began, cpu = time.perf_counter(), time.process_time()
     sender.open(lease)
     running = asyncio.create_task(sender.run())
@@ -114,6 +114,12 @@ async def _hand_over(
         "transport": report.transport,
         "exact": (await _hear(child))["digest"] == digest_of(pool, blocks),
     }
+
+
+def _spec_of(blocks: int) -> SequenceSpec:
+    """A prompt of whole blocks, so that both digests cover the same."""
+    prompt = tuple(range(blocks * BLOCK_SIZE))
+    return SequenceSpec(1, "bench", prompt, 0, 1, frozenset(), SamplingParams(), _DEADLINE_S)
 
 
 async def _tell(child: asyncio.subprocess.Process, message: dict[str, Any]) -> None:
@@ -144,22 +150,27 @@ async def _receive_all(lines: "asyncio.Queue[str]") -> None:
         count = blocks_of(tokens)
         blocks = shuffled_blocks(count, pool.num_blocks, seed=tokens + 1)
         identity = LeaseId(secrets.token_bytes(16), epoch, generation)
-        tag = secrets.randbits(63)
+        tag, ticket = secrets.randbits(63), new_ticket()
 
-        def granted(identity: LeaseId = identity, tag: int = tag) -> None:
+        def granted(
+            identity: LeaseId = identity, tag: int = tag, ticket: bytes = ticket
+        ) -> None:
             _print(
                 {
                     "lease_id": identity.lease_id.hex(),
                     "epoch": identity.epoch,
                     "generation": identity.generation,
                     "tag": tag,
+                    "ticket": ticket.hex(),
                     "address": kit.transport.address.hex(),
                 }
             )
 
         receiver = KvReceiver(
             identity,
+            ticket=ticket,
             tag=tag,
+            spec=_spec_of(count),
             prompt_blocks=blocks,
             first_block=0,
             kit=kit,

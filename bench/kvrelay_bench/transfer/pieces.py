@@ -43,7 +43,7 @@ def piece_of(size: int) -> Piece:
             f"--size {size}: messages hold whole blocks of {unit} bytes, up to {_MAX_BLOCKS} of them "
             f"in up to {LAYOUT.num_layers} layers; take a multiple of {unit} such as {max(parts, 1) * unit}"
         )
-    return Piece(0, found[0], 0, found[1])
+    return Piece(0, found[0], 0, found[1] * BLOCK_SIZE)
 
 
 def make_pool(num_blocks: int, *, seed: int | None = None) -> KVPool:

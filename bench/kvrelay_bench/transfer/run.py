@@ -50,6 +50,8 @@ class Results:
     plain_latency_us: list[float] = field(default_factory=list)
     prompts: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """Whole hand-overs by the prompt's tokens."""
+    stack: list[dict[str, Any]] = field(default_factory=list)
+    """Requests to a whole stack: see `measure_stack`."""
     rounds: int = 0
     failures: list[str] = field(default_factory=list)
     """One for each round that is left out."""
@@ -94,6 +96,13 @@ def run_transfer(values: SimpleNamespace) -> int:
             results.rounds += 1
             out = write(values, results, out)
             _say(f"round {number + 1} of {values.rounds}: {_line(results)}")
+        if values.model is not None:
+            from kvrelay_bench.transfer.stack import measure_stack
+
+            results.stack = measure_stack(
+                values.model, values.prompt_tokens, values.rounds, say=_say
+            )
+            out = write(values, results, out)
     if not results.rounds:
         return 130 if interruption.happened else 1
     _say(f"\n{describe(results)}\nresult: {out}")
@@ -214,6 +223,15 @@ def describe(results: Results) -> str:
             "",
             "whole hand-overs, nothing hidden behind prefill:",
             prompt_table(results).text(),
+            *(
+                [
+                    "",
+                    "in a whole stack, behind prefill (exposed: what prefill did not hide):",
+                    stack_table(results).text(),
+                ]
+                if results.stack
+                else []
+            ),
         ]
     )
 
@@ -272,6 +290,22 @@ def prompt_table(results: Results) -> Table:
     return Table(header, rows)
 
 
+def stack_table(results: Results) -> Table:
+    """What a request waits for, by the length of its prompt."""
+    rows: list[list[object]] = []
+    for tokens in dict.fromkeys(found["tokens"] for found in results.stack):
+        done = [found for found in results.stack if found["tokens"] == tokens]
+        ttft, transfer, exposed = (
+            percentile([found[name] for found in done], 50)
+            for name in ("ttft_ms", "kv_transfer_ms", "kv_exposed_ms")
+        )
+        share = percentile([found["kv_exposed_ms"] / found["ttft_ms"] for found in done], 50)
+        size = format_size(done[0]["kv_bytes"])
+        rows.append([f"{tokens} tokens", size, ttft, transfer, exposed, f"{share:.1%}"])
+    header = ("prompt", "KV", "TTFT ms", "sending ms", "exposed ms", "exposed of TTFT")
+    return Table(header, rows)
+
+
 def write(values: SimpleNamespace, results: Results, out: Path | None) -> Path:
     rows: list[dict[str, Any]] = [
         {
@@ -294,6 +328,7 @@ def write(values: SimpleNamespace, results: Results, out: Path | None) -> Path:
         "latency_us": results.latency_us,
         "plain_latency_us": results.plain_latency_us,
         "handovers": [found for done in results.prompts.values() for found in done],
+        "stack": results.stack,
     }
     arguments = {
         name: str(value) if isinstance(value, Path) else value

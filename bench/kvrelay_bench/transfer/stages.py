@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _RING_BYTES = 128 * 1024 * 1024
 _POOL_BLOCKS = 512
-_EXPECTED = Expected(secrets.token_bytes(16), secrets.randbits(64), 1)
+_EXPECTED = Expected(secrets.token_bytes(16), secrets.randbits(64), 1, secrets.token_bytes(32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,12 @@ class Stages:
 
     def _measure(self, size: int, count: int) -> StageTimes:
         piece = piece_of(size)
-        blocks = shuffled_blocks(piece.block_count, self._source.num_blocks, seed=size)
+        count_of_blocks = piece.token_count // BLOCK_SIZE
+        blocks = shuffled_blocks(count_of_blocks, self._source.num_blocks, seed=size)
         ring, other = _ring(size, count), _ring(size, count)
         header = FrameHeader(
             FrameKind.KV_GROUP, _EXPECTED.lease_id, _EXPECTED.epoch, _EXPECTED.generation, 0,
-            0, piece.layer_count, 0, piece.block_count,
+            0, piece.layer_count, 0, piece.token_count,
         )  # fmt: skip
         digests: list[bytes | None] = []
         frames: list[Frame] = []
@@ -82,7 +83,7 @@ class Stages:
             digests.append(self._source.gather(0, piece.layer_count, blocks, payload, BLOCK_SIZE))
 
         def sealed(gathered: tuple[memoryview, bytes | None]) -> None:
-            seal(gathered[0], header, size, gathered[1])
+            seal(gathered[0], header, size, _EXPECTED.key, gathered[1])
 
         def opened(buffer: memoryview) -> None:
             frames.append(open_frame(buffer, len(buffer), _EXPECTED))

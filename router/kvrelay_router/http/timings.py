@@ -24,13 +24,15 @@ def timings_object(stats: RequestStats) -> dict[str, Any]:
     """Ours: the `timings` event of a stream and the `kvrelay` key of a whole answer.
 
     `tokens_per_second` is tokens after the first over the time since it; `kv_gbps` is 10^9 bytes a
-    second while blocks moved.
+    second while blocks moved; `kv_exposed_ms` is the part of the transfer that prefill did not hide: from
+    the computed prompt to the decode worker's having all of its KV.
     """
     later_tokens = max(stats.completion_tokens - 1, 0)
     return {
         "queue_ms": _ms(stats.queue_s),
         "prefill_ms": _ms(stats.prefill_s),
         "kv_transfer_ms": _ms(stats.kv_transfer_s),
+        "kv_exposed_ms": _ms(stats.kv_exposed_s),
         "decode_ms": _ms(stats.decode_s),
         "time_to_first_token_ms": _ms(stats.time_to_first_token_s),
         "tokens_per_second": _rate(later_tokens, stats.decode_s, 2),

@@ -109,9 +109,12 @@ def _moved(timings: Timings) -> str:
     moved = format_size(timings.kv_bytes or 0)
     over = f" over {timings.kv_transport}" if timings.kv_transport else ""
     if timings.kv_gbps is not None and (timings.kv_bytes or 0) >= _RATED_BYTES:
-        return f"{moved}{over} at {timings.kv_gbps:.2f} GB/s"
-    took = f" in {timings.kv_transfer_ms:.1f} ms" if timings.kv_transfer_ms is not None else ""
-    return f"{moved}{over}{took}"
+        took = f" at {timings.kv_gbps:.2f} GB/s"
+    else:
+        took = f" in {timings.kv_transfer_ms:.1f} ms" if timings.kv_transfer_ms is not None else ""
+    exposed = timings.kv_exposed_ms
+    hidden = f", {exposed:.1f} ms of it after the prefill" if exposed is not None else ""
+    return f"{moved}{over}{took}{hidden}"
 
 
 def describe_error(error: KvrelayClientError) -> str:

@@ -137,8 +137,8 @@ def test_sdk_streams_have_named_events(serve, service, ids, quick):
     }  # fmt: skip
     assert named["resumed"] == {"gap_s": 0.4, "from_index": 1}
     assert set(named["timings"]) == {
-        "queue_ms", "prefill_ms", "kv_transfer_ms", "decode_ms", "time_to_first_token_ms",
-        "tokens_per_second", "kv_bytes", "kv_transport", "kv_gbps", "cached_tokens", "path",
+        "queue_ms", "prefill_ms", "kv_transfer_ms", "kv_exposed_ms", "decode_ms",
+        "time_to_first_token_ms", "tokens_per_second", "kv_bytes", "kv_transport", "kv_gbps", "cached_tokens", "path",
         "reason", "prefill_worker", "decode_worker", "replays",
     }  # fmt: skip
     assert [name for name, _ in events][-3:] == ["", "timings", ""]
