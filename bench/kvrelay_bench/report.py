@@ -123,6 +123,7 @@ def write_report(
     *,
     details: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
+    command: str | None = None,
 ) -> Path:
     """Write a benchmark's result as one JSON object, whole or not at all.
 
@@ -134,6 +135,7 @@ def write_report(
         out: the file; None picks one below `cache_dir()`.
         details: whatever else belongs to the result: series, checks, notes.
         versions: of what else took part, such as peers.
+        command: what was typed, where it was not `kvrelay bench NAME`.
 
     Returns:
         The path written.
@@ -145,7 +147,7 @@ def write_report(
     given = vars(arguments) if isinstance(arguments, SimpleNamespace) else arguments
     envelope = {
         "benchmark": name,
-        "command": f"kvrelay bench {name}",
+        "command": command or f"kvrelay bench {name}",
         "arguments": dict(given),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {**software_versions(), **(versions or {})},

@@ -20,12 +20,14 @@ _COMMANDS = {
     "demo": "start everything, ask one question, show what happened",
     "doctor": "versions, devices, limits, and the transport between two processes",
     "bench": "measure: engine, peers, start-up, serving, transfer, router",
+    "chaos": "break a stack of its own under load and judge every answer",
     "router": "the HTTP front alone (what its container runs)",
     "prefill": "one prefill worker (what its container runs)",
     "decode": "one decode worker (what its container runs)",
 }
 _MODULES = {"prefill": "worker", "decode": "worker"}
 _EXTRA_OF = {"router": "router", "prefill": "worker", "decode": "worker", "chat": "all",
+             "chaos": "all",
              "bench": "bench"}  # fmt: skip
 
 

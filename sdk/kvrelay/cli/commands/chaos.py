@@ -1,0 +1,54 @@
+"""`kvrelay chaos`."""
+
+from types import SimpleNamespace
+
+from kvrelay.cli.command import Command
+from kvrelay.cli.commands.shared import ENGINE, MODEL, TRANSFER
+from kvrelay.cli.flags import Flag, boolean, duration, existing_file, integer, text
+
+_FAULTS = (
+    Flag("--faults", "how many", integer(1), 1000, "faults", "N"),
+    Flag("--seed", "of the plan, the questions and the clients", integer(0), 0, "faults", "S"),
+    Flag("--duration", "spread the faults over this time; 0: as close as the stack can take them",
+         duration(), 0.0, "faults", "TIME"),
+    Flag("--plan", "carry out this plan, and not one of the seed", existing_file, None, "faults",
+         "FILE"),
+    Flag("--save-plan", "write the plan there before it is carried out", text, None, "faults",
+         "FILE"),
+    Flag("--print-plan", "print the plan and do nothing", boolean, False, "faults", switch=True),
+    Flag("--out", "where the JSON goes", text, None, "result", "FILE"),
+)  # fmt: skip
+
+_STACK = (
+    Flag("--prefill", "prefill workers", integer(1, 16), 2, "stack", "N"),
+    Flag("--decode", "decode workers", integer(1, 16), 2, "stack", "N"),
+    Flag("--routers", "routers, all joined by every worker", integer(1, 4), 1, "stack", "N"),
+    Flag("--lease", "a KV lease ends after this", duration(0.1), 1.0, "stack", "SECONDS"),
+    Flag("--heartbeat", "pause between load reports", duration(0.01), 0.5, "stack", "SECONDS"),
+    Flag("--drain-grace", "how long a worker may drain", duration(), 5.0, "stack", "SECONDS"),
+)  # fmt: skip
+
+_LOAD = (
+    Flag("--users", "clients that ask, one request each at a time", integer(1, 1024), 12, "load",
+         "N"),
+    Flag("--questions", "different requests among them", integer(1, 10000), 48, "load", "N"),
+    Flag("--deadline", "of every request; one that is silent past it counts as hung",
+         duration(1.0), 20.0, "load", "SECONDS"),
+)  # fmt: skip
+
+
+def _run(values: SimpleNamespace) -> int:
+    from kvrelay_chaos.run import run_chaos
+
+    return run_chaos(values)
+
+
+CHAOS = Command(
+    "chaos",
+    "Break a stack of its own under load, and prove that nothing came of it.",
+    (*_FAULTS, *_LOAD, *_STACK, *MODEL, *ENGINE, *TRANSFER),
+    _run,
+    epilog="Every answer is compared with that of the stack before the first fault. The same seed\n"
+    "gives the same plan; how it falls in with the requests differs from run to run.\n"
+    "Exit codes: 0 when nothing was wrong, hung or leaked and every fault fired, else 1.",
+)
