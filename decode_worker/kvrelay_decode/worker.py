@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from kvrelay_engine.runtime.messages import (
     step_message,
     token_run,
 )
+from kvrelay_engine.runtime.ownership import compare, own_id, session_of, wire_id
 from kvrelay_engine.sequence import SequenceFailed, SequenceSpec
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import ContextOverflow, KvrelayError, LeaseLost
@@ -57,7 +59,10 @@ class _Sequence:
 
 @dataclass(slots=True)
 class DecodeWorker:
-    """Glue between router, scheduler and receivers. Lives on the event loop's thread but for `step`."""
+    """Glue between routers, scheduler and receivers. Lives on the event loop's thread but for `step`.
+
+    Sequences go by their own ids (`ownership.py`).
+    """
 
     host: WorkerHost
     kit: TransferKit
@@ -68,6 +73,7 @@ class DecodeWorker:
     """Set whenever a sequence ends."""
     _corrupt_frames: int = 0
     _expired_leases: int = 0
+    _let_go: int = 0
     _bandwidth: float = 0.0
 
     @property
@@ -79,33 +85,49 @@ class DecodeWorker:
             self._progress.clear()
             await self._progress.wait()
 
-    def handle(self, message: pb.RouterMessage) -> None:
+    def handle(self, message: pb.RouterMessage, session: int = 0) -> None:
         match message.WhichOneof("message"):
             case "submit_decode":
-                self._submit(message.submit_decode)
+                self._submit(message.submit_decode, session)
             case "cancel":
-                self._cancel(message.cancel.sequence_id, message.cancel.reason)
+                self._cancel(own_id(session, message.cancel.sequence_id), message.cancel.reason)
             case other:
                 log.warning("a decode worker got %s from the router; ignored", other)
+
+    def pulse(self, pulse: pb.Pulse, session: int = 0) -> list[int]:
+        difference = compare(pulse, session, self._sequences)
+        orphans = [own for own in difference.orphans if not self._sequences[own].cancelled]
+        if orphans:
+            log.warning("let go of %d sequences that their router does not have", len(orphans))
+            self._let_go += len(orphans)
+        for own in orphans:
+            self._cancel(own, "the router does not have it")
+        return [wire_id(own) for own in difference.unknown]
 
     def step(self, batch: Batch) -> StepResult:
         """One engine step. Engine thread."""
         return self.host.engine.runner.step(batch)
 
     def events(self, events: Sequence[object]) -> None:
-        runs: list[pb.TokenRun] = []
+        runs: defaultdict[int, list[pb.TokenRun]] = defaultdict(list)  # by session
         for event in events:
             match event:
                 case TokenSampled():
-                    runs += self._token(event)
+                    runs[session_of(event.sequence_id)] += self._token(event)
                 case Reserved():
                     self._reserved(event)
                 case LocalPrefillStarted():
                     self._local_prefill(event)
                 case SequenceFailed():
                     self._failed(event)
-        if runs:
-            self.host.send(step_message(runs))
+        for session, some in runs.items():
+            if some:
+                self.host.send(step_message(some), session)
+
+    def drop(self, session: int, reason: str) -> None:
+        for sequence_id in list(self._sequences):
+            if session_of(sequence_id) == session:
+                self._cancel(sequence_id, reason)
 
     def drop_all(self, reason: str) -> None:
         for sequence_id in list(self._sequences):
@@ -114,18 +136,19 @@ class DecodeWorker:
     def add_load(self, load: pb.Load) -> None:
         load.corrupt_frames = self._corrupt_frames
         load.expired_leases = self._expired_leases
+        load.let_go = self._let_go
         load.open_transfers = sum(s.transfer is not None for s in self._sequences.values())
         load.transport_bandwidth = self._bandwidth
 
-    def _submit(self, message: pb.SubmitDecode) -> None:
-        spec = spec_from_message(message.sequence)
+    def _submit(self, message: pb.SubmitDecode, session: int) -> None:
+        spec = spec_from_message(message.sequence, session)
         if spec.sequence_id in self._sequences:
             log.error("sequence %d was submitted twice; the second is ignored", spec.sequence_id)
             return
         try:
             self._check(spec)
         except KvrelayError as error:
-            self.host.send(failure_message(spec.sequence_id, error))
+            self.host.send(failure_message(spec.sequence_id, error), session)
             return
         lease_s = message.lease_seconds or self.host.config.lease_s
         self._sequences[spec.sequence_id] = _Sequence(spec, lease_s, time.monotonic())
@@ -190,7 +213,7 @@ class DecodeWorker:
         self.host.send(
             pb.WorkerMessage(
                 lease_granted=pb.LeaseGranted(
-                    sequence_id=event.sequence_id,
+                    sequence_id=wire_id(event.sequence_id),
                     lease=pb.Lease(
                         lease_id=identity.lease_id,
                         epoch=identity.epoch,
@@ -200,17 +223,15 @@ class DecodeWorker:
                         worker_name=self.host.config.name,
                         first_block=event.first_block,
                         max_message_bytes=self.kit.staging.nbytes,
-                    ),
+                                ),
                 ),
             ),
+            session_of(event.sequence_id),
         )
 
     def _ask_again(self, sequence_id: int, numbers: tuple[int, ...]) -> None:
-        self.host.send(
-            pb.WorkerMessage(
-                kv_missing=pb.KvMissing(sequence_id=sequence_id, messages=numbers),
-            ),
-        )
+        missing = pb.KvMissing(sequence_id=wire_id(sequence_id), messages=numbers)
+        self.host.send(pb.WorkerMessage(kv_missing=missing), session_of(sequence_id))
 
     def _transfer_ended(
         self, sequence: _Sequence, receiver: KvReceiver, task: asyncio.Task[Received]
@@ -234,7 +255,7 @@ class DecodeWorker:
             log.error("receiving KV of request %s failed", sequence.spec.request_id, exc_info=error)
         if isinstance(error, LeaseLost):
             self._expired_leases += 1
-        self.host.send(failure_message(sequence.spec.sequence_id, error))
+        self._say_failed(sequence.spec.sequence_id, error)
 
     def _transfer_done(self, sequence: _Sequence, received: Received) -> None:
         spec, handover = sequence.spec, received.handover
@@ -244,7 +265,7 @@ class DecodeWorker:
         self.host.send(
             pb.WorkerMessage(
                 kv_received=pb.KvReceived(
-                    sequence_id=spec.sequence_id,
+                    sequence_id=wire_id(spec.sequence_id),
                     bytes=received.bytes,
                     messages=received.messages,
                     seconds=received.seconds,
@@ -252,6 +273,7 @@ class DecodeWorker:
                     transport=handover.transport,
                 ),
             ),
+            session_of(spec.sequence_id),
         )
         self.host.post(lambda: self.scheduler.start(spec.sequence_id, handover.first_token))
 
@@ -264,11 +286,12 @@ class DecodeWorker:
         self.host.send(
             pb.WorkerMessage(
                 sequence_started=pb.SequenceStarted(
-                    sequence_id=event.sequence_id,
+                    sequence_id=wire_id(event.sequence_id),
                     cached_tokens=event.cached_tokens,
                     queue_seconds=time.monotonic() - sequence.submitted,
                 ),
             ),
+            session_of(event.sequence_id),
         )
 
     def _failed(self, event: SequenceFailed) -> None:
@@ -279,7 +302,10 @@ class DecodeWorker:
             sequence.span.set_attribute("error.type", event.error.code)
             sequence.span.set_status(StatusCode.ERROR)
         self._forget(sequence)
-        self.host.send(failure_message(event.sequence_id, event.error))
+        self._say_failed(event.sequence_id, event.error)
+
+    def _say_failed(self, sequence_id: int, error: BaseException) -> None:
+        self.host.send(failure_message(sequence_id, error), session_of(sequence_id))
 
     def _token(self, event: TokenSampled) -> list[pb.TokenRun]:
         sequence = self._sequences.get(event.sequence_id)

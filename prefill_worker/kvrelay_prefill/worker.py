@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from kvrelay_engine.runtime.messages import (
     step_message,
     token_run,
 )
+from kvrelay_engine.runtime.ownership import compare, own_id, session_of, wire_id
 from kvrelay_engine.sequence import SequenceFailed, SequenceSpec
 from kvrelay_prefill.scheduler import Admitted, FirstToken, PrefillScheduler
 from kvrelay_prefill.sender import FirstOutput, KvSender, Sent
@@ -44,12 +46,17 @@ class _Prompt:
     admitted: float = 0.0
     prefill_s: float = 0.0
     cached_tokens: int = 0
+    ending: bool = False
+    """Nobody waits for it: only its sender is still to end."""
     span: Span | None = None
 
 
 @dataclass(slots=True)
 class PrefillWorker:
-    """Glue between router, scheduler and senders. Lives on the event loop's thread but for `step`."""
+    """Glue between routers, scheduler and senders. Lives on the event loop's thread but for `step`.
+
+    Sequences go by their own ids (`ownership.py`).
+    """
 
     host: WorkerHost
     kit: TransferKit
@@ -60,6 +67,9 @@ class PrefillWorker:
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _tokens_per_second: float = 0.0
     _bandwidth: float = 0.0
+    _computed_tokens: int = 0
+    """Written by the engine thread alone."""
+    _let_go: int = 0
 
     @property
     def open_sequences(self) -> int:
@@ -70,22 +80,37 @@ class PrefillWorker:
             self._idle.clear()
             await self._idle.wait()
 
-    def handle(self, message: pb.RouterMessage) -> None:
+    def handle(self, message: pb.RouterMessage, session: int = 0) -> None:
+        def named(sequence_id: int) -> _Prompt | None:
+            return self._prompts.get(own_id(session, sequence_id))
+
         match message.WhichOneof("message"):
             case "submit_prefill":
-                self._submit(spec_from_message(message.submit_prefill.sequence))
+                self._submit(spec_from_message(message.submit_prefill.sequence, session))
             case "open_transfer":
-                self._open(message.open_transfer)
+                if prompt := named(message.open_transfer.sequence_id):
+                    self._open(prompt, message.open_transfer.lease)
             case "resend_kv":
-                if prompt := self._prompts.get(message.resend_kv.sequence_id):
+                if prompt := named(message.resend_kv.sequence_id):
                     prompt.sender.resend(list(message.resend_kv.messages))
             case "release_kv":
-                if prompt := self._prompts.get(message.release_kv.sequence_id):
-                    prompt.sender.release()
+                if prompt := named(message.release_kv.sequence_id):
+                    self._release(prompt)
             case "cancel":
-                self._cancel(message.cancel.sequence_id, message.cancel.reason)
+                if prompt := named(message.cancel.sequence_id):
+                    self._cancel(prompt, message.cancel.reason)
             case other:
                 log.warning("a prefill worker got %s from the router; ignored", other)
+
+    def pulse(self, pulse: pb.Pulse, session: int = 0) -> list[int]:
+        difference = compare(pulse, session, self._prompts)
+        orphans = [p for own in difference.orphans if not (p := self._prompts[own]).ending]
+        if orphans:
+            log.warning("let go of %d prompts that their router does not have", len(orphans))
+            self._let_go += len(orphans)
+        for prompt in orphans:
+            self._cancel(prompt, "the router does not have it")
+        return [wire_id(own) for own in difference.unknown]
 
     def step(self, batch: Batch) -> StepResult:
         """One engine step; hands each layer group over as soon as it is written. Engine thread."""
@@ -113,30 +138,39 @@ class PrefillWorker:
             group_layers(self.kit.layout, max(count for _, _, count in ranges)),
         )
         rate = batch.num_tokens / max(time.monotonic() - begun, 1e-6)
+        self._computed_tokens += batch.num_tokens
         self._tokens_per_second += _RATE_WEIGHT * (rate - self._tokens_per_second)
         return result
 
     def events(self, events: Sequence[object]) -> None:
-        runs: list[pb.TokenRun] = []
+        runs: defaultdict[int, list[pb.TokenRun]] = defaultdict(list)  # by session
         for event in events:
             match event:
                 case Admitted():
                     self._admitted(event)
                 case FirstToken():
-                    runs += self._first_token(event)
+                    runs[session_of(event.sequence_id)] += self._first_token(event)
                 case SequenceFailed():
                     self._failed(event)
-        if runs:
-            self.host.send(step_message(runs))
+        for session, some in runs.items():
+            if some:
+                self.host.send(step_message(some), session)
+
+    def drop(self, session: int, reason: str) -> None:
+        for sequence_id, prompt in self._prompts.items():
+            if session_of(sequence_id) == session:
+                self._cancel(prompt, reason)
 
     def drop_all(self, reason: str) -> None:
-        for sequence_id in list(self._prompts):
-            self._cancel(sequence_id, reason)
+        for prompt in self._prompts.values():
+            self._cancel(prompt, reason)
 
     def add_load(self, load: pb.Load) -> None:
         load.prefill_tokens_per_second = self._tokens_per_second
         load.open_transfers = len(self._prompts)
         load.transport_bandwidth = self._bandwidth
+        load.computed_tokens = self._computed_tokens
+        load.let_go = self._let_go
 
     def _submit(self, spec: SequenceSpec) -> None:
         if spec.sequence_id in self._prompts:
@@ -145,7 +179,7 @@ class PrefillWorker:
         try:
             self._check(spec)
         except KvrelayError as error:
-            self.host.send(failure_message(spec.sequence_id, error))
+            self._say_failed(spec, error)
             return
         sender = KvSender(
             spec,
@@ -176,18 +210,18 @@ class PrefillWorker:
         if isinstance(error, Exception):
             if not isinstance(error, KvrelayError):
                 log.error("sending KV of request %s failed", spec.request_id, exc_info=error)
-            self.host.send(failure_message(spec.sequence_id, error))
+            self._say_failed(spec, error)
         if prompt.span is not None:
             _end(prompt.span, error)
         del self._prompts[spec.sequence_id]
         self.host.post(lambda: self.scheduler.release(spec.sequence_id))
         self._idle.set()
 
-    def _open(self, message: pb.OpenTransfer) -> None:
-        prompt = self._prompts.get(message.sequence_id)
-        if prompt is None:
-            return  # finished or failed here while the lease was on its way
-        lease = message.lease
+    def _say_failed(self, spec: SequenceSpec, error: BaseException) -> None:
+        session = session_of(spec.sequence_id)
+        self.host.send(failure_message(spec.sequence_id, error), session)
+
+    def _open(self, prompt: _Prompt, lease: pb.Lease) -> None:
         prompt.sender.open(
             OpenLease(
                 identity=LeaseId(lease.lease_id, lease.epoch, lease.generation),
@@ -198,10 +232,15 @@ class PrefillWorker:
             ),
         )
 
-    def _cancel(self, sequence_id: int, reason: str) -> None:
-        prompt = self._prompts.get(sequence_id)
-        if prompt is not None:
-            prompt.task.cancel(reason)
+    @staticmethod
+    def _release(prompt: _Prompt) -> None:
+        prompt.ending = True
+        prompt.sender.release()
+
+    @staticmethod
+    def _cancel(prompt: _Prompt, reason: str) -> None:
+        prompt.ending = True
+        prompt.task.cancel(reason)
 
     def _written(self, pieces: list[tuple[int, Piece]]) -> None:
         for sequence_id, piece in pieces:
@@ -227,11 +266,12 @@ class PrefillWorker:
         self.host.send(
             pb.WorkerMessage(
                 sequence_started=pb.SequenceStarted(
-                    sequence_id=event.sequence_id,
+                    sequence_id=wire_id(event.sequence_id),
                     cached_tokens=event.cached_tokens,
                     queue_seconds=prompt.admitted - prompt.submitted,
                 ),
             ),
+            session_of(event.sequence_id),
         )
 
     def _first_token(self, event: FirstToken) -> list[pb.TokenRun]:
@@ -245,12 +285,13 @@ class PrefillWorker:
         if event.finish is None:
             prompt.sender.computed(FirstOutput(event.token, prompt.cached_tokens))
         else:
-            prompt.sender.release()  # the answer is one token: nobody needs the KV
+            self._release(prompt)  # the answer is one token: nobody needs the KV
         return [token_run(event.sequence_id, prompt.spec.output_offset, event.token, event.finish)]
 
     def _failed(self, event: SequenceFailed) -> None:
         prompt = self._prompts.get(event.sequence_id)
         if prompt is not None:
+            prompt.ending = True
             prompt.sender.fail(event.error)
 
     def _sent(self, sequence_id: int, sent: Sent) -> None:
@@ -259,7 +300,7 @@ class PrefillWorker:
         self.host.send(
             pb.WorkerMessage(
                 kv_sent=pb.KvSent(
-                    sequence_id=sequence_id,
+                    sequence_id=wire_id(sequence_id),
                     bytes=sent.bytes,
                     messages=sent.messages,
                     seconds=sent.seconds,
@@ -267,6 +308,7 @@ class PrefillWorker:
                     transport=sent.transport,
                 ),
             ),
+            session_of(sequence_id),
         )
 
 

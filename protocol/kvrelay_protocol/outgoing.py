@@ -7,6 +7,8 @@ of threads. So whatever waits leaves as one message, and what nobody waits for d
 put(urgent)  ──► leaves in the next turn, behind everything that was put before it
 put(patient) ──► leaves with the next urgent message, or by itself after LINGER_S
 ```
+
+What leaves is numbered from 1, so that the other end (`incoming.py`) notices what it did not get.
 """
 
 import asyncio
@@ -22,7 +24,9 @@ LINGER_S = 0.005
 """A patient message waits no longer than this for company."""
 BATCH_BYTES = 1024 * 1024
 """Of the messages in a batch; a larger one goes alone. Far below what the other end accepts."""
-_PATIENT = frozenset({"sequence_started", "kv_sent", "kv_received", "heartbeat", "release_kv"})
+_PATIENT = frozenset(
+    {"sequence_started", "kv_sent", "kv_received", "heartbeat", "release_kv", "pulse"}
+)
 """Reports, and the permission to let go: no token waits for one of them."""
 
 
@@ -34,6 +38,8 @@ class Outgoing(Generic[M]):
         self._make: Callable[[], M] = make
         self._limit = limit
         self._waiting: deque[M] = deque()
+        self._number = 0
+        """Of the message written last."""
         self._ready = asyncio.Event()
         self._lingering = False
         self._closed = False
@@ -63,9 +69,12 @@ class Outgoing(Generic[M]):
         self._ready.set()
 
     async def next(self) -> M | None:
-        """What is to be written next, alone or as a batch; None after the end."""
+        """What is to be written next, alone or as a batch, with its number; None after the end."""
         await self._ready.wait()
         message = self._bundle() if self._waiting else None
+        if message is not None:
+            self._number += 1
+            message.number = self._number
         if not self._waiting and not self._closed:
             self._ready.clear()
         return message

@@ -20,6 +20,11 @@ class RouterConfig:
     """Workers dial this (gRPC); 0 picks a free one."""
     join_token: str = ""
     """Workers must present it; empty accepts any."""
+    join_tls_cert: Path | None = None
+    """Certificate chain of the port that workers dial; without one it speaks plain text."""
+    join_tls_key: Path | None = None
+    join_tls_ca: Path | None = None
+    """Workers must present a certificate that descends from one of these."""
     api_keys: tuple[str, ...] = ()
     """Empty: no authentication."""
     tls_cert: Path | None = None

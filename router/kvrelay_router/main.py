@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from kvrelay_protocol.errors import KvrelayError
 from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_router.config import RouterConfig
+from kvrelay_router.fleet.servicer import join_credentials
 from kvrelay_router.http.app import create_app
 from kvrelay_router.http.server import EdgeServer, check_tls, create_server, listen
 from kvrelay_router.requests.core import RouterCore
@@ -24,6 +26,10 @@ from kvrelay_router.text.served_model import ServedModel, load_served_model
 
 _YOUNG_OBJECTS = 20_000
 """New objects between collections: what a request leaves behind has few cycles."""
+_OPEN_JOIN = (
+    "kvrelay router: anyone who reaches {}:{} may join as a worker and read prompts; "
+    "set --join-token, or --join-tls-ca for certificates"
+)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -75,6 +81,9 @@ async def serve(config: RouterConfig, stop: StopSignals | None = None) -> None:
     began = time.monotonic()
     stop = stop or StopSignals()
     check_tls(config.tls_cert, config.tls_key)
+    join_credentials(config)
+    if anyone_may_join(config):
+        print(_OPEN_JOIN.format(config.join_host, config.join_port), file=sys.stderr, flush=True)
     with contextlib.closing(listen(config.host, config.port)) as listener, stop.installed():
         with _phase("tokenizer"):
             model = load_served_model(config.model_dir, config.model_name)
@@ -98,6 +107,17 @@ async def serve(config: RouterConfig, stop: StopSignals | None = None) -> None:
         finally:
             await core.stop()
             await asyncio.to_thread(telemetry.shutdown)
+
+
+def anyone_may_join(config: RouterConfig) -> bool:
+    """Other machines reach the port that workers dial, and nothing is asked of them."""
+    return not (config.join_token or config.join_tls_ca or _is_loopback(config.join_host))
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def settle_memory() -> None:

@@ -113,6 +113,25 @@ class RouterMetrics:
         )
         self.path = counter("path", "Attempts by path and why it was taken.", ("path", "reason"))
         self.replays = counter("replays", "Attempts that followed a lost one.", ("reason",))
+        self.replay_gap = histogram(
+            "replay_gap_seconds",
+            "From a worker's loss to the next token of a stream that had begun.",
+        )
+        self.loss_to_error = histogram(
+            "loss_to_error_seconds",
+            "From a worker's loss to the typed error of a request that nobody took over.",
+        )
+        self.unknown_sequences = counter(
+            "sequences_unknown", "Attempts whose worker did not have them any more."
+        )
+        self.out_of_step = counter(
+            "attempts_out_of_step", "Attempts given up because their worker's tokens did not fit."
+        )
+        self._join_faults = counter(
+            "join_faults",
+            "Faults of Join streams: messages repeated or missing (up: of workers), routers silent.",
+            ("direction", "kind"),
+        )
         self.workers = gauge("workers", "Joined workers.", ("role", "state"))
         self.kv_cache_usage = gauge(
             "kv_cache_usage_perc",
@@ -134,6 +153,10 @@ class RouterMetrics:
             "preemptions": counter("num_preemptions", "Sequences preempted for want of blocks."),
             "corrupt_frames": counter("kv_corrupt_frames", "KV frames that failed their digest."),
             "expired_leases": counter("kv_expired_leases", "KV leases that expired unused."),
+            "let_go": counter("sequences_let_go", "Sequences that their router had no more."),
+            "repeated_messages": self._join_faults.labels("down", "repeated"),
+            "missing_messages": self._join_faults.labels("down", "missing"),
+            "silent_routers": self._join_faults.labels("down", "silent"),
         }
         self._totals: dict[tuple[str, int], dict[str, int]] = {}
         # The library's look-up by label costs more than the count; every request needs two of them.
@@ -159,6 +182,9 @@ class RouterMetrics:
 
     def failed(self, code: str) -> None:
         self.failure.labels(code).inc()
+
+    def join_fault(self, direction: str, kind: str) -> None:
+        self._join_faults.labels(direction, kind).inc()
 
     def worker_loads(self, link: WorkerLink) -> None:
         """Add what a worker counted since its last report."""

@@ -38,7 +38,17 @@ def line() -> Outgoing[pb.RouterMessage]:
 
 async def test_a_message_alone_leaves_as_it_is(line) -> None:
     line.put(urgent(1))
-    assert await line.next() == urgent(1)
+    message = await line.next()
+    assert (message.WhichOneof("message"), number(message)) == ("cancel", 1)
+
+
+async def test_what_leaves_is_numbered_and_a_batch_has_one_number(line) -> None:
+    for at in range(3):
+        line.put(urgent(at))
+    batch = await line.next()
+    line.put(urgent(3))
+    assert (batch.number, (await line.next()).number) == (1, 2)
+    assert [part.number for part in batch.batch.messages] == [0, 0, 0]
 
 
 async def test_what_waits_leaves_as_one_message_in_order(line) -> None:

@@ -46,6 +46,8 @@ class Host:
     lease_s: float = 5.0
     incarnation: int = 1
     sent: list[pb.WorkerMessage] = field(default_factory=list)
+    sessions: list[int] = field(default_factory=list)
+    """Whose router each message of `sent` was for."""
     commands: deque[Callable[[], None]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -56,8 +58,9 @@ class Host:
     def post(self, command: Callable[[], None]) -> None:
         self.commands.append(command)
 
-    def send(self, message: pb.WorkerMessage) -> None:
+    def send(self, message: pb.WorkerMessage, session: int) -> None:
         self.sent.append(message)
+        self.sessions.append(session)
 
     def named(self, kind: str) -> list:
         """What was sent of this kind."""

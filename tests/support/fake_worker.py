@@ -23,7 +23,8 @@ import grpc.aio
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc
-from kvrelay_protocol.outgoing import Outgoing, each
+from kvrelay_protocol.incoming import Incoming
+from kvrelay_protocol.outgoing import Outgoing
 from kvrelay_protocol.versions import JOIN_VERSION
 
 BLOCK_SIZE = 16
@@ -79,6 +80,8 @@ class Script:
     pause_at_index: int | None = None
     """Stop for good just before the token of this output index: the moment for `die`."""
     obey_cancel: bool = True
+    forget: bool = False
+    """Take a sequence and know nothing of it from then on."""
 
 
 class FakeWorker:
@@ -103,6 +106,7 @@ class FakeWorker:
         self.refused: pb.Error | None = None
         self.closed = asyncio.Event()
         """The stream is over, whoever ended it."""
+        self.pulses: list[pb.Pulse] = []
         self.load = pb.Load(total_blocks=blocks, free_blocks=blocks, prefill_tokens_per_second=1000)
         self.hello = pb.Hello(
             protocol_version=JOIN_VERSION,
@@ -129,6 +133,7 @@ class FakeWorker:
         self._sequences: dict[int, asyncio.Task[None]] = {}
         self._transfers: dict[int, asyncio.Queue[pb.Lease]] = {}
         self._resends: dict[int, asyncio.Queue[tuple[int, ...]]] = {}
+        self._forgotten: set[int] = set()
         self._frozen = False
         self._welcome = asyncio.Event()
 
@@ -166,10 +171,12 @@ class FakeWorker:
         """Send a heartbeat with these load fields changed from now on."""
         for name, value in fields.items():
             setattr(self.load, name, value)
-        self.send(pb.WorkerMessage(heartbeat=pb.Heartbeat(load=self.load)))
+        live = self.pulses[-1].live if self.pulses else ()
+        unknown = [sid for sid in live if sid in self._forgotten]
+        self.send(pb.WorkerMessage(heartbeat=pb.Heartbeat(load=self.load, unknown=unknown)))
 
     def kinds(self) -> list[str]:
-        """Which messages came, welcome left out."""
+        """Which messages came, welcome and pulses left out."""
         return [k for k in map(_kind, self.seen) if k != "welcome"]
 
     def messages(self, kind: str) -> list[object]:
@@ -194,10 +201,15 @@ class FakeWorker:
 
     async def _receive(self) -> None:
         assert self._call is not None
+        incoming = Incoming()
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
             async for message in self._call:
-                if not self._frozen:
-                    each(message, self._obey)
+                if self._frozen:
+                    continue
+                if message.WhichOneof("message") in {"welcome", "refused"}:
+                    self._obey(message)
+                else:
+                    incoming.take(message, self._obey)
         for task in self._sequences.values():
             task.cancel()
         self.open.clear()
@@ -205,6 +217,9 @@ class FakeWorker:
         self._welcome.set()
 
     def _obey(self, message: pb.RouterMessage) -> None:
+        if _kind(message) == "pulse":
+            self.pulses.append(message.pulse)
+            return
         self.seen.append(message)
         match _kind(message):
             case "welcome":
@@ -231,6 +246,9 @@ class FakeWorker:
                 pass
 
     def _begin(self, sequence: pb.Sequence, work: Callable[[pb.Sequence], object]) -> None:
+        if self.script.forget:
+            self._forgotten.add(sequence.sequence_id)
+            return
         self.open.add(sequence.sequence_id)
         if self.script.fail is not None:
             self._fail(sequence.sequence_id, self.script.fail)

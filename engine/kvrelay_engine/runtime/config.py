@@ -13,8 +13,15 @@ class WorkerConfig:
     model_dir: Path
     model_name: str
     router: str
-    """host:port of the router's join address."""
+    """host:port of the router's join address; of several routers, separated by commas."""
     join_token: str = ""
+    router_ca: Path | None = None
+    """The routers' certificates descend from one of these; without it the streams are plain text."""
+    router_cert: Path | None = None
+    """This worker's own certificate chain, for routers that ask for one."""
+    router_key: Path | None = None
+    router_name: str = ""
+    """Name in the routers' certificates, where it is not the host they are dialled at."""
     device: str = "cpu"
     """`cpu` or `cuda` or `cuda:N`; `auto` is resolved by the command before this is built."""
     dtype: str = "auto"
@@ -41,3 +48,9 @@ class WorkerConfig:
     lease_s: float = 10.0
     heartbeat_s: float = 0.5
     drain_grace_s: float = 30.0
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Every router's join address, each once."""
+        named = (address.strip() for address in self.router.split(","))
+        return tuple(dict.fromkeys(address for address in named if address))

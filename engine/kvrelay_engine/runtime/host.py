@@ -2,27 +2,31 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from kvrelay_engine.batch import Batch, StepResult
 from kvrelay_engine.runtime.config import WorkerConfig
-from kvrelay_engine.runtime.join import JoinLink
+from kvrelay_engine.runtime.join import JoinFaults, JoinLink
+from kvrelay_engine.runtime.join_tls import join_tls
 from kvrelay_engine.runtime.messages import load_message
 from kvrelay_engine.runtime.startup import Engine, Phases
 from kvrelay_engine.runtime.step_loop import Scheduler, StepLoop
 from kvrelay_protocol import fleet_pb2 as pb
-from kvrelay_protocol.errors import EngineFailed
+from kvrelay_protocol.errors import EngineFailed, StartupError
 from kvrelay_protocol.versions import JOIN_VERSION
 
 log = logging.getLogger(__name__)
 
 LEAVE_S = 2.0
 """For the router to read a drained worker's last messages."""
+REFUSED_S = 5.0
+"""Until a router that refused this worker, while others have it, is asked again."""
 STOP_S = 10.0
 """For transfers to confirm their cancel, and for the running step to end."""
 
@@ -55,13 +59,24 @@ class Worker(Protocol):
     async def wait_idle(self) -> None:
         """Return when `open_sequences` is zero."""
 
-    def handle(self, message: pb.RouterMessage) -> None: ...
+    def handle(self, message: pb.RouterMessage, session: int) -> None:
+        """A session's router says this of one of its sequences."""
+
+    def pulse(self, pulse: pb.Pulse, session: int) -> Sequence[int]:
+        """A session's router has just these sequences: let go of its others.
+
+        Returns:
+            Ids, as that router calls them, of those that this worker does not have.
+        """
 
     def events(self, events: Sequence[object]) -> None:
         """What the scheduler did, in order."""
 
+    def drop(self, session: int, reason: str) -> None:
+        """A router is gone: cancel its sequences and give up its leases."""
+
     def drop_all(self, reason: str) -> None:
-        """The router is gone: cancel every sequence and give up every lease."""
+        """Cancel every sequence and give up every lease."""
 
     def add_load(self, load: pb.Load) -> None:
         """Fill in what only this worker measures."""
@@ -69,7 +84,7 @@ class Worker(Protocol):
 
 @dataclass(slots=True)
 class WorkerHost:
-    """Connects a `Worker` to the router and to the engine thread."""
+    """Connects a `Worker` to its routers and to the engine thread."""
 
     config: WorkerConfig
     engine: Engine
@@ -78,8 +93,16 @@ class WorkerHost:
     _worker: Worker | None = None
     _advertisement: Advertisement | None = None
     _shutdown: asyncio.Event | None = None
-    _joined_before: bool = False
-    _link: JoinLink | None = None
+    _joined_before: set[str] = field(default_factory=set)
+    """Join addresses."""
+    _links: tuple[JoinLink, ...] = ()
+    _refused: set[str] = field(default_factory=set)
+    """Join addresses whose router does not take this worker."""
+    _sessions: Iterator[int] = field(default_factory=itertools.count)
+    _by_session: dict[int, JoinLink] = field(default_factory=dict)
+    _unknown: dict[int, Sequence[int]] = field(default_factory=dict)
+    """By session: what its next heartbeat has to say."""
+    _faults: JoinFaults = field(default_factory=JoinFaults)
     _loop: StepLoop | None = None
 
     def post(self, command: Callable[[], None]) -> None:
@@ -87,10 +110,11 @@ class WorkerHost:
         if self._loop is not None:
             self._loop.post(command)
 
-    def send(self, message: pb.WorkerMessage) -> None:
-        """Queue a message for the router, in order."""
-        if self._link is not None:
-            self._link.send(message)
+    def send(self, message: pb.WorkerMessage, session: int) -> None:
+        """Queue a message for the session's router, in order; dropped when that is gone."""
+        link = self._by_session.get(session)
+        if link is not None:
+            link.send(message)
 
     async def run(
         self,
@@ -103,9 +127,11 @@ class WorkerHost:
         """Serve until `shutdown` is set (by a signal or by the router's Drain), then drain.
 
         Raises:
-            StartupError: the router refused this worker.
+            StartupError: every router refused this worker.
+            UsageError: the certificates for its routers can't be used.
             EngineFailed: the engine loop failed; its log has the reason.
         """
+        tls = join_tls(self.config)
         running = asyncio.get_running_loop()
         failed: asyncio.Future[BaseException] = running.create_future()
         self._worker, self._advertisement, self._shutdown = worker, advertisement, shutdown
@@ -117,9 +143,19 @@ class WorkerHost:
             running.call_soon_threadsafe(worker.events, events)
 
         loop = self._loop = StepLoop(scheduler, step, on_events=deliver, on_failure=fail)
-        link = self._link = JoinLink(self.config.router, self, heartbeat_s=self.config.heartbeat_s)
+        self._links = tuple(
+            JoinLink(
+                router,
+                self,
+                heartbeat_s=self.config.heartbeat_s,
+                sessions=self._sessions,
+                tls=tls,
+                faults=self._faults,
+            )
+            for router in self.config.routers
+        )
         loop.start()
-        joined = asyncio.create_task(link.run(self._announce))
+        joined = asyncio.create_task(self._stay_joined())
         try:
             await _unless_broken(shutdown.wait(), joined, failed)
             # Take no new work, finish what runs, and say all of it.
@@ -127,7 +163,8 @@ class WorkerHost:
             grace_s = self.config.drain_grace_s
             if not await _in_time(_unless_broken(worker.wait_idle(), joined, failed), grace_s):
                 log.warning("%d sequences did not end in %g s", worker.open_sequences, grace_s)
-            link.leave()
+            for link in self._links:
+                link.leave()
             await asyncio.wait({joined}, timeout=LEAVE_S)
         finally:
             joined.cancel()
@@ -138,7 +175,33 @@ class WorkerHost:
             await asyncio.to_thread(loop.join, STOP_S)
 
     def _say_drained(self) -> None:
-        self.send(pb.WorkerMessage(drained=pb.Drained()))
+        for link in self._by_session.values():
+            link.send(pb.WorkerMessage(drained=pb.Drained()))
+
+    async def _stay_joined(self) -> None:
+        """Until every link has left.
+
+        Raises:
+            StartupError: every router refused this worker.
+        """
+        staying = [asyncio.ensure_future(self._stay(link)) for link in self._links]
+        try:
+            await asyncio.gather(*staying)
+        finally:
+            for task in staying:
+                task.cancel()
+            await asyncio.gather(*staying, return_exceptions=True)
+
+    async def _stay(self, link: JoinLink) -> None:
+        while True:
+            try:
+                return await link.run(lambda: self._announce(link))
+            except StartupError as refusal:
+                self._refused.add(link.router)
+                if len(self._refused) == len(self._links):
+                    raise
+                log.error("%s; asking again every %g s", refusal, REFUSED_S)
+            await asyncio.sleep(REFUSED_S)
 
     # ---- JoinHandler
 
@@ -156,33 +219,49 @@ class WorkerHost:
             transport_address=self._advertisement.transport_address,
             max_model_len=self.engine.max_model_len,
             device=self.config.device,
-            load=self.heartbeat(),
+            load=self._load(),
             join_token=self.config.join_token,
         )
 
-    def heartbeat(self) -> pb.Load:
+    def heartbeat(self, session: int) -> pb.Heartbeat:
+        return pb.Heartbeat(load=self._load(), unknown=self._unknown.pop(session, ()))
+
+    def handle(self, message: pb.RouterMessage, session: int) -> None:
+        assert self._worker is not None and self._shutdown is not None  # noqa: S101, PT018 - as above
+        match message.WhichOneof("message"):
+            case "drain":
+                self._shutdown.set()
+            case "pulse":
+                self._unknown[session] = self._worker.pulse(message.pulse, session)
+            case _:
+                self._worker.handle(message, session)
+
+    def disconnected(self, session: int) -> None:
+        self._by_session.pop(session, None)
+        self._unknown.pop(session, None)
+        if self._worker is not None:
+            self._worker.drop(session, "the router is gone")
+
+    def _load(self) -> pb.Load:
         assert self._loop is not None and self._worker is not None  # noqa: S101, PT018 - as above
         load = load_message(self._loop.load)
+        load.repeated_messages = self._faults.repeated
+        load.missing_messages = self._faults.missing
+        load.silent_routers = self._faults.silent
         self._worker.add_load(load)
         return load
 
-    def handle(self, message: pb.RouterMessage) -> None:
-        assert self._worker is not None and self._shutdown is not None  # noqa: S101, PT018 - as above
-        if message.WhichOneof("message") == "drain":
-            self._shutdown.set()
-        else:
-            self._worker.handle(message)
-
-    def disconnected(self) -> None:
-        if self._worker is not None:
-            self._worker.drop_all("the router is gone")
-
-    def _announce(self) -> None:
-        after = "again" if self._joined_before else f"after {self.phases.elapsed:.2f} s"
-        self._joined_before = True
-        self.phases.line(f"joined {self.config.router} {after}")
+    def _announce(self, link: JoinLink) -> None:
+        self._by_session[link.session] = link
+        self._refused.discard(link.router)
+        after = (
+            "again" if link.router in self._joined_before else f"after {self.phases.elapsed:.2f} s"
+        )
+        self._joined_before.add(link.router)
+        self.phases.line(f"joined {link.router} {after}")
         if self._shutdown is not None and self._shutdown.is_set():
-            self._say_drained()  # to a router that started while this worker drains
+            # To a router that started while this worker drains.
+            link.send(pb.WorkerMessage(drained=pb.Drained()))
 
 
 async def _in_time(work: Coroutine[Any, Any, object], seconds: float) -> bool:

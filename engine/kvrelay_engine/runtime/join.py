@@ -1,8 +1,10 @@
 """The worker's end of `Fleet.Join`: dial, say hello, report, obey; dial again when the stream breaks."""
 
 import asyncio
+import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
@@ -10,7 +12,8 @@ import grpc
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc as rpc
 from kvrelay_protocol.errors import StartupError, WireError, error_from_wire
-from kvrelay_protocol.outgoing import Outgoing, each
+from kvrelay_protocol.incoming import Incoming, MessageMissing
+from kvrelay_protocol.outgoing import Outgoing
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +22,14 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 ALONE_S = 5.0
 """Without a router for this long: say so."""
 REDIAL_S = 0.2
+"""From one attempt's begin to the next."""
 MAX_QUEUED = 65536
 """Messages waiting for the router; a router that falls this far behind is treated as lost."""
-_CHANNEL_OPTIONS = [
+MIN_SILENCE_S = 3.0
+"""A busy machine may delay a pulse; below this silence is not a sign of anything."""
+MISSED_PULSES = 3
+_WATCH_S = 0.25
+_CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -31,22 +39,51 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-]
+)
+
+
+@dataclass(slots=True)
+class JoinFaults:
+    """What a worker noticed of its routers' streams, since its start."""
+
+    repeated: int = 0
+    missing: int = 0
+    silent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTls:
+    """How to dial a router whose port speaks TLS."""
+
+    credentials: grpc.ChannelCredentials
+    name: str = ""
+    """In the router's certificate, where it is not the host that is dialled."""
 
 
 class JoinHandler(Protocol):
-    """What a worker does with the stream. Called on the event loop's thread."""
+    """What a worker does with its streams. Called on the event loop's thread.
+
+    A session is one joined stream, by a number that is never used again.
+    """
 
     def hello(self) -> pb.Hello:
         """Who this worker is, at this moment."""
 
-    def heartbeat(self) -> pb.Load: ...
+    def heartbeat(self, session: int) -> pb.Heartbeat: ...
 
-    def handle(self, message: pb.RouterMessage) -> None:
-        """One message from the router; must not block."""
+    def handle(self, message: pb.RouterMessage, session: int) -> None:
+        """One message from the session's router; must not block."""
 
-    def disconnected(self) -> None:
-        """The router is gone, and with it every owner: drop all sequences and leases."""
+    def disconnected(self, session: int) -> None:
+        """The router is gone, and with it the owner of the session's sequences and leases."""
+
+
+class _Refusal(Exception):
+    """The router does not take this worker."""
+
+
+class _Lost(Exception):
+    """This side gives the session up."""
 
 
 class JoinLink:
@@ -54,22 +91,39 @@ class JoinLink:
     with the stream, since the router has then given up everything this worker ran.
     """
 
-    def __init__(self, router: str, handler: JoinHandler, *, heartbeat_s: float) -> None:
-        self._router = router
+    def __init__(
+        self,
+        router: str,
+        handler: JoinHandler,
+        *,
+        heartbeat_s: float,
+        sessions: Iterator[int] | None = None,
+        tls: JoinTls | None = None,
+        faults: JoinFaults | None = None,
+    ) -> None:
+        """Args: `sessions` gives numbers that no other link of this worker uses; default from 0."""
+        self.router = router
+        self.session = -1
+        """Number of the session in progress, or of the last one."""
+        self.faults = faults or JoinFaults()
+        self.joined = asyncio.Event()
         self._handler = handler
         self._heartbeat_s = heartbeat_s
+        self._sessions = itertools.count() if sessions is None else sessions
+        self._tls = tls
         self._outgoing: Outgoing[pb.WorkerMessage] | None = None
         """What the session in progress has still to say."""
-        self._patience = asyncio.timeout(None)
-        """Of the session in progress; set to now, it ends the session."""
+        self._given_up: asyncio.Future[None] | None = None
+        """Of the session in progress: why this side ends it."""
+        self._heard_at = 0.0
         self._leaving = False
-        self.joined = asyncio.Event()
 
     def send(self, message: pb.WorkerMessage) -> None:
         """Queue a message in order; dropped when no router is connected."""
         if self._outgoing is not None and not self._outgoing.put(message):
             self._outgoing = None
-            self._patience.reschedule(asyncio.get_running_loop().time())
+            log.error("the router at %s does not read; treating it as lost", self.router)
+            self._give_up("it does not read its messages")
 
     def leave(self) -> None:
         """Say what is queued, then close the stream from this side: `run` returns when the router
@@ -80,6 +134,10 @@ class JoinLink:
             self._outgoing.close()
             self._outgoing = None
 
+    @property
+    def silence_limit_s(self) -> float:
+        return max(MIN_SILENCE_S, MISSED_PULSES * self._heartbeat_s)
+
     async def run(self, on_joined: Callable[[], None]) -> None:
         """Stay joined until cancelled, or until `leave`.
 
@@ -89,43 +147,89 @@ class JoinLink:
         loop = asyncio.get_running_loop()
         alone_since, reported = loop.time(), False
         while not self._leaving:
-            why = "it closed the stream"
-            try:
-                await self._session(on_joined)
-            except grpc.aio.AioRpcError as error:
-                why = error.code().name
-            except TimeoutError:
-                why = "it does not read its messages"
-                log.error("the router at %s does not read; treating it as lost", self._router)
+            began = loop.time()
+            why = await self._one_session(on_joined)
             if self.joined.is_set():
                 self.joined.clear()
                 alone_since, reported = loop.time(), False
-                self._handler.disconnected()
+                self._handler.disconnected(self.session)
             # A router that restarts is back within seconds, and on shutdown it goes first.
             if not reported and loop.time() - alone_since > ALONE_S:
-                log.warning("no router at %s (%s); still dialling", self._router, why)
+                log.warning("no router at %s (%s); still dialling", self.router, why)
                 reported = True
-            await asyncio.sleep(REDIAL_S)
+            if not self._leaving:
+                await asyncio.sleep(max(0.0, began + REDIAL_S - loop.time()))
+
+    async def _one_session(self, on_joined: Callable[[], None]) -> str:
+        """Returns why it ended."""
+        try:
+            await self._session(on_joined)
+        except _Refusal as refusal:
+            raise StartupError(f"the router at {self.router} refused: {refusal}") from None
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.ABORTED:
+                log.warning("given up by the router at %s: %s", self.router, error.details())
+            return f"{error.code().name}: {error.details() or ''}"
+        except (_Lost, MessageMissing) as lost:
+            if self.joined.is_set():
+                log.warning("lost the router at %s: %s", self.router, lost)
+            return str(lost)
+        return "it closed the stream"
+
+    def _channel(self) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.router, options=_CHANNEL_OPTIONS)
+        name = self._tls.name
+        options = (*_CHANNEL_OPTIONS, *((("grpc.ssl_target_name_override", name),) if name else ()))
+        return grpc.aio.secure_channel(self.router, self._tls.credentials, options=options)
 
     async def _session(self, on_joined: Callable[[], None]) -> None:
-        self._patience = asyncio.timeout(None)
-        async with (
-            self._patience,
-            grpc.aio.insecure_channel(self._router, options=_CHANNEL_OPTIONS) as channel,
-        ):
+        loop = asyncio.get_running_loop()
+        self.session = next(self._sessions)
+        self._heard_at = loop.time()
+        given_up = self._given_up = loop.create_future()
+        async with self._channel() as channel:
             outgoing = self._outgoing = Outgoing(pb.WorkerMessage, MAX_QUEUED)
             hello = pb.WorkerMessage(hello=self._handler.hello())
             call = rpc.FleetStub(channel).Join(_said(hello, outgoing))
-            heartbeat = asyncio.create_task(self._heartbeats())
+            reading = asyncio.ensure_future(self._read(call, on_joined))
+            aside = (
+                asyncio.ensure_future(self._heartbeats()),
+                asyncio.ensure_future(self._watch()),
+            )
             try:
-                async for message in call:
-                    each(message, lambda part: self._receive(part, on_joined))
+                ends: set[asyncio.Future[None]] = {reading, given_up}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                (given_up if given_up.done() else reading).result()
             finally:
                 self._outgoing = None
-                heartbeat.cancel()
+                given_up.cancel()
+                for task in (reading, *aside):
+                    task.cancel()
                 call.cancel()
+                await asyncio.gather(reading, *aside, return_exceptions=True)
 
-    def _receive(self, message: pb.RouterMessage, on_joined: Callable[[], None]) -> None:
+    async def _read(
+        self, call: AsyncIterator[pb.RouterMessage], on_joined: Callable[[], None]
+    ) -> None:
+        loop, incoming = asyncio.get_running_loop(), Incoming[pb.RouterMessage]()
+        async for message in call:
+            self._heard_at = loop.time()
+            if not self.joined.is_set():
+                self._answered(message, on_joined)
+                continue
+            try:
+                if not incoming.take(message, self._obey):
+                    self.faults.repeated += 1
+            except MessageMissing:
+                self.faults.missing += 1
+                raise
+
+    def _obey(self, message: pb.RouterMessage) -> None:
+        self._handler.handle(message, self.session)
+
+    def _answered(self, message: pb.RouterMessage, on_joined: Callable[[], None]) -> None:
+        """The router's first message: the only one without a number."""
         match message.WhichOneof("message"):
             case "welcome":
                 self._heartbeat_s = message.welcome.heartbeat_seconds or self._heartbeat_s
@@ -133,16 +237,33 @@ class JoinLink:
                 on_joined()
             case "refused":
                 error = message.refused.error
-                reason = error_from_wire(WireError(error.code, error.message))
-                raise StartupError(f"the router at {self._router} refused: {reason.message}")
-            case _:
-                self._handler.handle(message)
+                raise _Refusal(error_from_wire(WireError(error.code, error.message)).message)
+            case other:
+                raise _Lost(f"its first message was {other}")
+
+    def _give_up(self, why: str) -> None:
+        if self._given_up is not None and not self._given_up.done():
+            self._given_up.set_exception(_Lost(why))
 
     async def _heartbeats(self) -> None:
         await self.joined.wait()  # the welcome says how often
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            self.send(pb.WorkerMessage(heartbeat=pb.Heartbeat(load=self._handler.heartbeat())))
+            self.send(pb.WorkerMessage(heartbeat=self._handler.heartbeat(self.session)))
+
+    async def _watch(self) -> None:
+        """Give a router up that fell silent: a stopped process keeps its connection."""
+        loop = asyncio.get_running_loop()
+        checked_at = loop.time()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            now = loop.time()
+            pause, checked_at = now - checked_at, now
+            if pause > self.silence_limit_s / 2:
+                self._heard_at = now  # it was this process that slept: what came is still unread
+            elif now - self._heard_at > self.silence_limit_s:
+                self.faults.silent += 1
+                self._give_up(f"no sign of life for {now - self._heard_at:.1f} s")
 
 
 async def _said(

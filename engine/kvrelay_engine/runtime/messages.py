@@ -1,5 +1,9 @@
-"""Between the control protocol's messages and the engine's own types."""
+"""Between the control protocol's messages and the engine's own types.
 
+Ids of sequences are own ids (`ownership.py`) on this side, and their router's on the wire.
+"""
+
+from kvrelay_engine.runtime.ownership import own_id, wire_id
 from kvrelay_engine.runtime.step_loop import LoadSnapshot
 from kvrelay_engine.sequence import FinishReason, SequenceSpec
 from kvrelay_protocol import fleet_pb2 as pb
@@ -13,10 +17,10 @@ _FINISH = {
 }
 
 
-def spec_from_message(sequence: pb.Sequence) -> SequenceSpec:
-    """A submitted sequence as the engine's own frozen type."""
+def spec_from_message(sequence: pb.Sequence, session: int) -> SequenceSpec:
+    """A sequence that a session's router submitted, as the engine's own frozen type."""
     return SequenceSpec(
-        sequence_id=sequence.sequence_id,
+        sequence_id=own_id(session, sequence.sequence_id),
         request_id=sequence.request_id,
         tokens=tuple(sequence.tokens),
         output_offset=sequence.output_offset,
@@ -38,7 +42,7 @@ def spec_from_message(sequence: pb.Sequence) -> SequenceSpec:
 def token_run(sequence_id: int, index: int, token: int, finish: FinishReason | None) -> pb.TokenRun:
     """One sampled token; `index` counts over all attempts of the request."""
     return pb.TokenRun(
-        sequence_id=sequence_id,
+        sequence_id=wire_id(sequence_id),
         first_index=index,
         tokens=[token],
         finish=_FINISH[finish],
@@ -54,7 +58,7 @@ def failure_message(sequence_id: int, error: BaseException) -> pb.WorkerMessage:
     wire = error_to_wire(error)
     return pb.WorkerMessage(
         sequence_failed=pb.SequenceFailed(
-            sequence_id=sequence_id,
+            sequence_id=wire_id(sequence_id),
             error=pb.Error(code=wire.code, message=wire.message),
         ),
     )

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import InvalidRequest, LayoutMismatch, Unauthorized
+from kvrelay_protocol.incoming import MessageMissing
 from kvrelay_protocol.versions import JOIN_VERSION
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.worker_link import WorkerLink
@@ -41,6 +42,12 @@ class FleetListener(Protocol):
 
     def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         """Anything but hello; a heartbeat's load is in `link.load` already."""
+
+    def message_repeated(self, link: WorkerLink) -> None:
+        """A message came twice, and was dropped."""
+
+    def message_missing(self, link: WorkerLink) -> None:
+        """A message was lost on its way; `worker_lost` comes next."""
 
 
 class WorkerRegistry:
@@ -114,6 +121,21 @@ class WorkerRegistry:
                 "it does not read its messages",
             )
 
+    def written(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
+        """What a joined worker wrote: one message or a batch, numbered.
+
+        A worker that lost one on the way is given up, as if its stream had broken.
+        """
+        try:
+            fresh = link.incoming.take(message, lambda part: self.received(link, part))
+        except MessageMissing as missing:
+            if self.listener:
+                self.listener.message_missing(link)
+            self.lose(link, str(missing))
+            return
+        if not fresh and self.listener:
+            self.listener.message_repeated(link)
+
     def received(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         """A message of a joined worker; any counts as a sign of life."""
         if link.lost.done():
@@ -121,7 +143,7 @@ class WorkerRegistry:
         link.last_seen = self._clock()
         kind = message.WhichOneof("message")
         if kind == "heartbeat":
-            link.report(message.heartbeat.load)
+            link.report(message.heartbeat.load, now=link.last_seen)
         elif kind == "drained":
             link.draining = True
         if self.listener:

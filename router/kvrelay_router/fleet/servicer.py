@@ -11,8 +11,8 @@ import grpc.aio
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc
-from kvrelay_protocol.errors import KvrelayError, PortInUse, error_to_wire
-from kvrelay_protocol.outgoing import each
+from kvrelay_protocol.errors import KvrelayError, PortInUse, UsageError, error_to_wire
+from kvrelay_protocol.tls import read_tls
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import WorkerRegistry
 from kvrelay_router.fleet.worker_link import WorkerLink
@@ -99,11 +99,10 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         return link.lost.result() if link.lost.done() else None
 
     async def _read(self, link: WorkerLink, requests: AsyncIterator[pb.WorkerMessage]) -> None:
-        def received(message: pb.WorkerMessage) -> None:
-            self._registry.received(link, message)
-
         async for message in requests:
-            each(message, received)
+            self._registry.written(link, message)
+            if link.lost.done():
+                return
 
 
 async def _hello(requests: AsyncIterator[pb.WorkerMessage]) -> pb.Hello | None:
@@ -147,6 +146,25 @@ class FleetServer:
             self._registry.sweep()
 
 
+def join_credentials(config: RouterConfig) -> grpc.ServerCredentials | None:
+    """What the port that workers dial shows and asks for; None for plain text.
+
+    Raises:
+        UsageError: the files can't be used, or an authority is given without a certificate.
+    """
+    flags = ("--join-tls-cert", "--join-tls-key", "--join-tls-ca")
+    files = read_tls(config.join_tls_cert, config.join_tls_key, config.join_tls_ca, flags=flags)
+    if files is None:
+        return None
+    if files.certificate is None or files.key is None:
+        raise UsageError("--join-tls-ca needs --join-tls-cert: only a TLS port can ask for one")
+    return grpc.ssl_server_credentials(
+        [(files.key, files.certificate)],
+        root_certificates=files.authority,
+        require_client_auth=files.authority is not None,
+    )
+
+
 async def create_fleet_server(
     config: RouterConfig,
     registry: WorkerRegistry,
@@ -157,13 +175,18 @@ async def create_fleet_server(
 
     Raises:
         PortInUse: another process listens on `config.join_port`.
+        UsageError: its TLS files can't be used.
     """
+    credentials = join_credentials(config)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     servicer = FleetServicer(registry, router_id=router_id, heartbeat_s=config.heartbeat_s)
     fleet_pb2_grpc.add_FleetServicer_to_server(servicer, server)
     address = f"{config.join_host}:{config.join_port}"
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise PortInUse(f"can't listen for workers on {address}: is the port in use?") from error
     if port == 0:

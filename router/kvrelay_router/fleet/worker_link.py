@@ -3,6 +3,7 @@
 import asyncio
 
 from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.incoming import Incoming
 from kvrelay_protocol.outgoing import Outgoing
 from kvrelay_router.requests.placement import Role, WorkerState, blocks_needed
 
@@ -76,7 +77,12 @@ class WorkerLink:
         self.load = hello.load
         self.draining = False
         self.last_seen = now
+        self.progress_at = now
+        """When it last reported to have computed prompt tokens, or to have none to compute."""
         self.pending = PendingWork()
+        self.attempts: set[int] = set()
+        """Sequences submitted to it whose attempt is in progress; some it may hold no more."""
+        self.incoming: Incoming[pb.WorkerMessage] = Incoming()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolved, with the reason, by the registry alone."""
         self.overflowed = False
@@ -101,8 +107,16 @@ class WorkerLink:
         """Account for a sequence that was just submitted."""
         blocks = blocks_needed(tokens, self.block_size)
         self.pending.dispatch(sequence_id, blocks=blocks, tokens=tokens)
+        self.attempts.add(sequence_id)
 
-    def report(self, load: pb.Load) -> None:
+    def leave(self, sequence_id: int) -> None:
+        """The attempt is over."""
+        self.pending.gone(sequence_id)
+        self.attempts.discard(sequence_id)
+
+    def report(self, load: pb.Load, *, now: float) -> None:
+        if load.computed_tokens > self.load.computed_tokens or not load.backlog_tokens:
+            self.progress_at = now
         self.load = load
         self.pending.reported()
 

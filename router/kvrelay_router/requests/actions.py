@@ -84,6 +84,14 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class OutOfStep:
+    """A worker sent what does not follow from what it was told: count it."""
+
+    worker: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Emit:
     """An event for the client's stream."""
 
@@ -92,4 +100,4 @@ class Emit:
 
 FollowUp = OpenTransfer | ResendKv | ReleaseKv | Cancel
 WorkerAction = SubmitDecode | SubmitPrefill | FollowUp
-Action = WorkerAction | FindPlace | Emit
+Action = WorkerAction | FindPlace | OutOfStep | Emit

@@ -19,7 +19,8 @@ decode_open    SubmitDecode  ... until Cancel is sent, or D finished, failed or 
 
 Whatever ends an attempt cancels exactly the open ones. Output tokens are numbered over all attempts; a
 token is accepted only from the current attempt and only as the next number, so that a client sees each
-once.
+once. A worker that sends anything else is out of step with what this machine knows, by a lost message,
+another's, or a defect: its attempt is given up, and another one starts from what the client has.
 """
 
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from kvrelay_router.requests.actions import (
     Emit,
     FindPlace,
     OpenTransfer,
+    OutOfStep,
     ReleaseKv,
     ResendKv,
     SubmitDecode,
@@ -133,6 +135,7 @@ class _Run:
     """Its messages still count."""
     started_at: float | None = None
     lease_opened: bool = False
+    kv_received: bool = False
     resends: int = 0
     held: list[int] = field(default_factory=list)
     """Output of D from `offset + 1` on that overtook P's first token (two streams, no common order)."""
@@ -189,6 +192,26 @@ class RequestMachine:
     @property
     def replays(self) -> int:
         return self._run.number if self._run else 0
+
+    @property
+    def awaits_kv(self) -> bool:
+        """The current attempt's decode worker holds a lease, or waits for one, for KV to come."""
+        run = self._run
+        return run is not None and run.prefill_open and not run.kv_received
+
+    @property
+    def lost_at(self) -> float | None:
+        """When the attempt was lost whose next token has not come from another one yet."""
+        return self._gap_from
+
+    def holds(self, worker: str) -> bool:
+        """Whether a worker has, as far as is known here, something of the current attempt."""
+        run = self._run
+        if run is None:
+            return False
+        if worker == run.path.decode_worker:
+            return run.decode_open
+        return worker == run.path.prefill_worker and run.prefill_open
 
     def take(
         self, sequence_id: int, worker: str, first_index: int, tokens: tuple[int, ...]
@@ -365,8 +388,10 @@ class RequestMachine:
 
     def _kv_received(self, event: KvReceived) -> list[Action]:
         run = self._attempt()
-        if event.worker != run.path.decode_worker or run.path.kind is PathKind.LOCAL:
+        local = run.path.kind is PathKind.LOCAL
+        if event.worker != run.path.decode_worker or local or run.kv_received:
             return []
+        run.kv_received = True
         self._measured.kv_bytes += event.bytes
         self._measured.kv_transfer_s = event.seconds
         self._measured.kv_exposed_s = event.exposed_seconds
@@ -418,6 +443,10 @@ class RequestMachine:
         if event.first_index > len(self.emitted):
             return self._hold(run, event)
         skip = len(self.emitted) - event.first_index
+        known = self.emitted[event.first_index : event.first_index + len(event.tokens)]
+        if tuple(known) != event.tokens[:skip]:
+            what = f"sent another token {event.first_index} than the client has"
+            return self._out_of_step(event.at, event.worker, what)
         if skip > len(event.tokens):
             return []
         if event.worker == run.path.prefill_worker:
@@ -437,14 +466,13 @@ class RequestMachine:
         from_decode = event.worker == run.path.decode_worker
         overtaking = from_decode and run.path.kind is PathKind.DISAGGREGATED
         if not overtaking or len(self.emitted) > run.offset or event.first_index > next_index:
-            return self._broken(
-                f"{event.worker} sent token {event.first_index} where {len(self.emitted)} was due",
-            )
+            what = f"sent token {event.first_index} where {len(self.emitted)} was due"
+            return self._out_of_step(event.at, event.worker, what)
         run.held.extend(event.tokens[next_index - event.first_index :])
         if event.finish and event.first_index + len(event.tokens) >= next_index:
             run.held_finish = event.finish
         if run.offset + 1 + len(run.held) > self.request.max_tokens:
-            return self._broken(f"{event.worker} sent more than {self.request.max_tokens} tokens")
+            return self._too_many(event.at, event.worker)
         return []
 
     def _accept(
@@ -455,8 +483,12 @@ class RequestMachine:
         finish: FinishReason | None,
     ) -> list[Action]:
         run = self._attempt()
-        if len(self.emitted) + len(tokens) > self.request.max_tokens:
-            return self._broken(f"{worker} sent more than {self.request.max_tokens} tokens")
+        length = len(self.emitted) + len(tokens)
+        if length > self.request.max_tokens:
+            return self._too_many(at, worker)
+        if finish is FinishReason.LENGTH and length < self.request.max_tokens:
+            what = f"ended at token {length} of {self.request.max_tokens}"
+            return self._out_of_step(at, worker, what)
         actions: list[Action] = []
         if tokens:
             actions += self._start(0)
@@ -517,14 +549,14 @@ class RequestMachine:
     ) -> list[Action]:
         """Give the attempt up; the next one starts from what the client already has."""
         run = self._attempt()
+        if self._gap_from is None:
+            self._gap_from = at
         if run.number >= self._max_replays:
             return self._end(State.FAILED, cause, "failed")
         cancels = self._close("replaced")
         self.state = State.REPLAYING
         self._cause = cause
         self._local_only = self._local_only or local
-        if self._gap_from is None:
-            self._gap_from = at
         find = FindPlace(
             run.number + 1,
             self._replay_wait_s,
@@ -533,6 +565,14 @@ class RequestMachine:
             cause.code,
         )
         return [*cancels, find]
+
+    def _out_of_step(self, at: float, worker: str, what: str) -> list[Action]:
+        """What came does not follow from what went before: nothing of this attempt can be trusted."""
+        error = WorkerLost(f"worker {worker} was out of step: it {what}")
+        return [OutOfStep(worker, what), *self._replace(at, error, avoid=frozenset({worker}))]
+
+    def _too_many(self, at: float, worker: str) -> list[Action]:
+        return self._out_of_step(at, worker, f"sent more than {self.request.max_tokens} tokens")
 
     # ---- endings
 
@@ -549,9 +589,6 @@ class RequestMachine:
         if self._run is None:  # nothing was emitted, so nobody can have found a stop string
             return self._client_cancelled("stopped before the first token")
         return self._finish(event.at, FinishReason.STOP)
-
-    def _broken(self, what: str) -> list[Action]:
-        return self._end(State.FAILED, InternalError(what), "failed")
 
     def _end(self, state: State, error: KvrelayError, reason: str) -> list[Action]:
         cancels = self._close(reason)

@@ -9,9 +9,10 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 
 from kvrelay_protocol import fleet_pb2 as pb
-from kvrelay_protocol.errors import Draining, KvrelayError
+from kvrelay_protocol.errors import Draining, KvrelayError, WorkerLost
 from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import WorkerRegistry
@@ -30,11 +31,13 @@ from kvrelay_router.requests.types import (
     Placed,
     RequestEvent,
     RequestStream,
+    Resumed,
     Tokens,
     ValidRequest,
     WorkerView,
 )
 from kvrelay_router.requests.wire import (
+    pulse_message,
     router_message,
     sequence_of,
     submit_message,
@@ -207,6 +210,8 @@ class RouterService:
                 self._step(now, link.name, message.step_output)
             case "heartbeat":
                 self._metrics.worker_loads(link)
+                self._not_there(now, link, message.heartbeat.unknown)
+                self._registry.send(link.name, self._pulse(now, link))
                 self._schedule_pump()
             case "drained":
                 self._metrics.fleet(self._registry.links)
@@ -214,6 +219,43 @@ class RouterService:
                 event = worker_event(now, link.name, message)
                 if event is not None:
                     self._sequence_event(link, event)
+
+    def message_repeated(self, link: WorkerLink) -> None:
+        logger.warning("worker %s: a message came twice; dropped", link.name)
+        self._metrics.join_fault("up", "repeated")
+
+    def message_missing(self, link: WorkerLink) -> None:  # noqa: ARG002 - `worker_lost` names it
+        self._metrics.join_fault("up", "missing")
+
+    def _pulse(self, now: float, link: WorkerLink) -> pb.RouterMessage:
+        """Every attempt that `link` must have now, and those of them whose KV nobody is computing."""
+        patience = self._config.lease_s / 2
+        prefill = (k for k in self._registry.links if k.role is Role.PREFILL)
+        stuck = {k.name for k in prefill if now - k.progress_at > patience}
+        live: list[int] = []
+        stalled: list[int] = []
+        for sequence_id in link.attempts:
+            machine = self._by_sequence[sequence_id].machine
+            if not machine.holds(link.name):
+                continue
+            live.append(sequence_id)
+            path = machine.path
+            if stuck and path and path.prefill_worker in stuck and machine.awaits_kv:
+                stalled.append(sequence_id)
+        return pulse_message(live, stalled)
+
+    def _not_there(self, now: float, link: WorkerLink, sequence_ids: Iterable[int]) -> None:
+        """Sequences of the last pulse that their worker does not have.
+
+        What it finished or failed before it said so has ended here as well: its stream is in order.
+        """
+        for sequence_id in sequence_ids:
+            flight = self._by_sequence.get(sequence_id)
+            if flight is None or not flight.machine.holds(link.name):
+                continue
+            self._metrics.unknown_sequences.inc()
+            error = WorkerLost(f"worker {link.name} does not have the request any more")
+            self._feed(flight, events.SequenceFailed(now, sequence_id, link.name, error))
 
     def _step(self, now: float, worker: str, step: pb.StepOutput) -> None:
         """The tokens of one engine step, all sequences. Most of them need nothing but to be passed on."""
@@ -279,6 +321,10 @@ class RouterService:
                 return None
             case actions.FindPlace():
                 return self._find_place(flight, action)
+            case actions.OutOfStep(worker, what):
+                logger.warning("worker %s was out of step: it %s", worker, what)
+                self._metrics.out_of_step.inc()
+                return None
             case actions.SubmitDecode() | actions.SubmitPrefill():
                 sequence = self._sequence(flight, action.attempt)
                 message = submit_message(action, sequence, lease_s=self._config.lease_s)
@@ -308,6 +354,8 @@ class RouterService:
                     gap = (at - flight.last_token_at) / len(ids)
                     self._metrics.inter_token_latency.observe(gap)
                 flight.last_token_at = at
+            case Resumed(gap_s):
+                self._metrics.replay_gap.observe(gap_s)
             case Placed(path, attempt):
                 cause = flight.find.cause if flight.find else None
                 flight.find = None
@@ -336,6 +384,8 @@ class RouterService:
             flight.trace.finished(event.reason, event.stats)
         else:
             self._metrics.failed(event.error.code)
+            if flight.machine.lost_at is not None:
+                self._metrics.loss_to_error.observe(at - flight.machine.lost_at)
             flight.trace.failed(event.error, len(flight.machine.emitted))
 
     # ---- placing
@@ -399,7 +449,7 @@ class RouterService:
         """From here on messages about the attempt find nobody."""
         self._by_sequence.pop(flight.sequence_id, None)
         for link in flight.links:
-            link.pending.gone(flight.sequence_id)
+            link.leave(flight.sequence_id)
         flight.sequence_id = 0
         flight.links = ()
 

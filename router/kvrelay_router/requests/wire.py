@@ -1,5 +1,7 @@
 """Between the machine's events and actions and the messages of the Join stream."""
 
+from collections.abc import Sequence
+
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import WireError, error_from_wire
 from kvrelay_router.requests import actions, events
@@ -80,6 +82,11 @@ def submit_message(
             return pb.RouterMessage(submit_decode=submit)
         case actions.SubmitPrefill():
             return pb.RouterMessage(submit_prefill=pb.SubmitPrefill(sequence=sequence))
+
+
+def pulse_message(live: Sequence[int], stalled: Sequence[int]) -> pb.RouterMessage:
+    """The answer to a heartbeat."""
+    return pb.RouterMessage(pulse=pb.Pulse(live=live, stalled=stalled))
 
 
 def router_message(action: actions.FollowUp) -> pb.RouterMessage:

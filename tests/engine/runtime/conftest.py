@@ -8,7 +8,8 @@ import pytest
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol import fleet_pb2_grpc as rpc
-from kvrelay_protocol.outgoing import each
+from kvrelay_protocol.incoming import Incoming
+from kvrelay_protocol.outgoing import Outgoing
 
 WELCOME = pb.RouterMessage(welcome=pb.Welcome(router_id="r", heartbeat_seconds=0.01))
 PINGS_ALLOWED = [
@@ -18,11 +19,25 @@ PINGS_ALLOWED = [
 
 
 class Session:
-    """One Join call: what came, and a line of what to say. None ends the call."""
+    """One Join call: what came, and a line of what to say."""
 
     def __init__(self):
-        self.received, self.say = [], asyncio.Queue()
+        self.received, self.said = [], Outgoing(pb.RouterMessage, 1 << 16)
+        self.live = []
+        """What its pulses name."""
         self.ended = asyncio.Event()
+
+    def say(self, message):
+        self.said.put(message)
+
+    def end(self):
+        """Close the stream, once everything is said."""
+        self.said.close()
+
+    def take(self, message):
+        self.received.append(message)
+        if message.HasField("heartbeat"):
+            self.say(pb.RouterMessage(pulse=pb.Pulse(live=self.live)))
 
     def kinds(self):
         kinds = [m.WhichOneof("message") for m in self.received]
@@ -30,10 +45,14 @@ class Session:
 
 
 class FakeRouter(rpc.FleetServicer):
-    """Answers every hello with `answer`; reads nothing more where `deaf` is set."""
+    """Answers every hello with `answer`; reads nothing more where `deaf` is set.
+
+    What it writes goes through `change`: a message in, those that are written instead out.
+    """
 
     def __init__(self):
         self.sessions, self.answer, self.deaf = [], WELCOME, False
+        self.change = lambda message: [message]
         self.server, self.port = None, 0
 
     async def start(self):
@@ -52,17 +71,22 @@ class FakeRouter(rpc.FleetServicer):
         self.sessions.append(session)
 
         async def read():
+            incoming = Incoming()
             async for message in requests:
-                each(message, session.received.append)
+                if message.HasField("hello"):
+                    session.received.append(message)
+                else:
+                    assert incoming.take(message, session.take)
                 if self.deaf:
                     await asyncio.Event().wait()
-            session.say.put_nowait(None)
+            session.end()
 
         reader = asyncio.create_task(read())
         try:
             await context.write(self.answer)
-            while (message := await session.say.get()) is not None:
-                await context.write(message)
+            while (message := await session.said.next()) is not None:
+                for written in self.change(message):
+                    await context.write(written)
         finally:
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -24,6 +24,8 @@ class Worker:
 
     def __init__(self, host):
         self.host, self.open, self.dropped = host, 0, []
+        self.sessions, self.pulses, self.unknown = [], [], ()
+        """Whose each sequence is, oldest first."""
         self.changed = asyncio.Event()
 
     @property
@@ -35,13 +37,24 @@ class Worker:
             self.changed.clear()
             await self.changed.wait()
 
-    def handle(self, message):
+    def handle(self, message, session):
         self.open += 1
+        self.sessions.append(session)
+
+    def pulse(self, pulse, session):
+        self.pulses.append((session, list(pulse.live)))
+        return self.unknown
 
     def finish(self):
+        session = self.sessions.pop(0)
         for _ in range(LAST_WORDS):
-            self.host.send(pb.WorkerMessage(step_output=pb.StepOutput()))
+            self.host.send(pb.WorkerMessage(step_output=pb.StepOutput()), session)
         self._end(self.open - 1)
+
+    def drop(self, session, reason):
+        self.dropped.append(reason)
+        self.sessions = [other for other in self.sessions if other != session]
+        self._end(len(self.sessions))
 
     def drop_all(self, reason):
         self.dropped.append(reason)
@@ -106,7 +119,7 @@ SUBMIT = pb.RouterMessage(submit_decode=pb.SubmitDecode())
 
 async def with_work(router, process, until):
     await until(lambda: router.sessions)
-    router.sessions[-1].say.put_nowait(SUBMIT)
+    router.sessions[-1].say(SUBMIT)
     await until(lambda: process.worker.open)
 
 
@@ -127,7 +140,7 @@ async def test_a_drain_says_so_finishes_what_runs_and_delivers_the_last_word(
 async def test_the_routers_drain_message_is_a_shutdown(router, tmp_path, until):
     process = Process(router, tmp_path)
     await until(lambda: router.sessions)
-    router.sessions[-1].say.put_nowait(pb.RouterMessage(drain=pb.Drain()))
+    router.sessions[-1].say(pb.RouterMessage(drain=pb.Drain()))
     await process.ended()
 
 
@@ -151,10 +164,10 @@ async def test_a_drain_without_a_router_ends(router, tmp_path, until):
 async def test_a_router_that_starts_during_a_drain_is_told_of_it(router, tmp_path, until):
     process = Process(router, tmp_path)
     await with_work(router, process, until)
-    process.worker.drop_all = lambda reason: None  # what runs belongs to another router
+    process.worker.drop = lambda session, reason: None  # what runs belongs to another router
     process.shutdown.set()
     await until(lambda: "drained" in router.sessions[0].kinds())
-    router.sessions[0].say.put_nowait(None)
+    router.sessions[0].end()
     await until(lambda: len(router.sessions) == 2)
     await until(lambda: "drained" in router.sessions[1].kinds())
     process.worker.finish()
@@ -166,7 +179,7 @@ async def test_a_lost_router_drops_every_sequence_and_the_next_one_is_joined(
 ):
     process = Process(router, tmp_path)
     await with_work(router, process, until)
-    router.sessions[0].say.put_nowait(None)
+    router.sessions[0].end()
     await until(lambda: process.worker.dropped == ["the router is gone"])
     await until(lambda: len(router.sessions) == 2)
     await with_work(router, process, until)

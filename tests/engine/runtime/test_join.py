@@ -14,18 +14,20 @@ class Handler:
     """Writes down what the link tells it."""
 
     def __init__(self):
-        self.told = []
+        self.told, self.sessions = [], []
 
     def hello(self):
         return pb.Hello(worker_name="w")
 
-    def heartbeat(self):
-        return pb.Load(running=3)
+    def heartbeat(self, session):
+        return pb.Heartbeat(load=pb.Load(running=3))
 
-    def handle(self, message):
-        self.told.append(message.WhichOneof("message"))
+    def handle(self, message, session):
+        if not message.HasField("pulse"):
+            self.told.append(message.WhichOneof("message"))
+            self.sessions.append(session)
 
-    def disconnected(self):
+    def disconnected(self, session):
         self.told.append("disconnected")
 
 
@@ -65,7 +67,7 @@ async def test_heartbeats_come_as_often_as_the_router_asked(router, link, until)
 async def test_a_broken_stream_is_told_once_and_joined_again(router, link, until):
     for _ in range(3):
         await until(lambda: link.handler.told[-1:] == ["joined"])
-        router.sessions[-1].say.put_nowait(None)
+        router.sessions[-1].end()
         await until(lambda: link.handler.told[-1:] == ["disconnected"])
     await until(lambda: link.handler.told[-1:] == ["joined"])
     assert link.handler.told == ["joined", "disconnected"] * 3 + ["joined"]
@@ -135,7 +137,7 @@ async def test_a_cancel_ends_the_link_in_any_state(router):
         for _ in range(moment):
             await asyncio.sleep(0.0005 * moment)
         if router.sessions and moment % 3 == 2:
-            router.sessions[-1].say.put_nowait(None)
+            router.sessions[-1].end()
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 20)

@@ -1,6 +1,7 @@
 """The Join stream: who is let in, who is given up, and who hears of it."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ class Recorder:
     joined: list[str] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
+    repeated: int = 0
+    missing: int = 0
 
     def worker_joined(self, link: WorkerLink) -> None:
         self.joined.append(link.name)
@@ -35,6 +38,12 @@ class Recorder:
 
     def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         self.messages.append(message.WhichOneof("message"))
+
+    def message_repeated(self, link: WorkerLink) -> None:
+        self.repeated += 1
+
+    def message_missing(self, link: WorkerLink) -> None:
+        self.missing += 1
 
 
 @dataclass
@@ -92,7 +101,7 @@ def _set(**fields: object) -> Callable[[pb.Hello], None]:
         (lambda hello: None, "invalid_api_key", ["join_token"]),
         (_set(join_token="open sesamE"), "invalid_api_key", ["join_token"]),
         (_set(join_token="ünïcode"), "invalid_api_key", ["join_token"]),
-        (_set(protocol_version=1), "layout_mismatch", ["protocol_version", "1", "2"]),
+        (_set(protocol_version=1), "layout_mismatch", ["protocol_version", "1", "3"]),
         (_set(model="other"), "layout_mismatch", ["model", "'other'", "'demo'"]),
         (_set(transport="ucx"), "layout_mismatch", ["transport", "'ucx'", "'inproc'", "d0"]),
         (_set(kv_dtype="bfloat16"), "layout_mismatch", ["kv_layout.dtype", "bfloat16", "float32"]),
@@ -215,11 +224,9 @@ async def test_odd_batches_cost_no_neighbour(fleet) -> None:
     odd = pb.WorkerMessage(batch=pb.WorkerBatch(messages=[nested, pb.WorkerMessage(), drained]))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{fleet.server.port}") as channel:
         call = fleet_pb2_grpc.FleetStub(channel).Join()
-        for message in (
-            pb.WorkerMessage(hello=hello),
-            pb.WorkerMessage(batch=pb.WorkerBatch()),
-            odd,
-        ):
+        empty = pb.WorkerMessage(batch=pb.WorkerBatch())
+        for number, message in enumerate((pb.WorkerMessage(hello=hello), empty, odd)):
+            message.number = number
             await call.write(message)
         await fleet.until(lambda: "drained" in fleet.heard.messages)
         assert fleet.registry.get("d0").load.running == 0
@@ -247,6 +254,45 @@ async def test_a_message_that_breaks_the_listener_ends_the_link_after_its_neighb
         worker.send(pb.WorkerMessage(batch=pb.WorkerBatch(messages=messages)))
         await fleet.until(lambda: fleet.heard.lost == [("d0", "its stream ended")])
         assert fleet.heard.messages[-1] == "kv_sent"
+
+
+def _drained(number: int) -> pb.WorkerMessage:
+    return pb.WorkerMessage(drained=pb.Drained(), number=number)
+
+
+async def _say(fleet: Fleet, *numbers: int) -> str:
+    """Messages of these numbers from a worker; returns why it was given up, if it was."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{fleet.server.port}") as channel:
+        call = fleet_pb2_grpc.FleetStub(channel).Join()
+        hello = fleet.worker("d0", change_hello=token).hello
+        for message in (pb.WorkerMessage(hello=hello), *map(_drained, numbers)):
+            await call.write(message)
+        await call.done_writing()
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for _ in call:
+                pass
+        await fleet.until(lambda: bool(fleet.heard.lost))
+    return fleet.heard.lost[0][1]
+
+
+async def test_a_message_that_comes_again_is_dropped_and_counted(fleet) -> None:
+    assert await _say(fleet, 1, 2, 2, 1, 3) == "its stream ended"
+    assert fleet.heard.messages == ["drained"] * 3
+    assert (fleet.heard.repeated, fleet.heard.missing) == (2, 0)
+
+
+@pytest.mark.parametrize("numbers", [(1, 3), (1, 3, 2), (1, 2**64 - 1)])
+async def test_a_message_that_is_missing_ends_the_stream_before_the_next_is_read(
+    fleet, numbers
+) -> None:
+    why = await _say(fleet, *numbers)
+    assert why == f"message 2 is missing ({numbers[1]} came)"
+    assert fleet.heard.messages == ["drained"]
+    assert fleet.heard.missing == 1
+
+
+async def test_the_first_message_may_be_missing_too(fleet) -> None:
+    assert await _say(fleet, 2) == "message 1 is missing (2 came)"
 
 
 async def test_first_message_must_be_hello(fleet) -> None:

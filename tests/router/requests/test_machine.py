@@ -225,22 +225,82 @@ def test_finish_without_a_new_token_counts() -> None:
     assert action.event.reason is FinishReason.STOP
 
 
-def test_gap_is_an_internal_error() -> None:
+def out_of_step(words: str, *cancels: act.Cancel) -> list[act.Action]:
+    avoid = frozenset({"D"})
+    find = act.FindPlace(1, 2.0, avoid=avoid, cause="worker_lost")
+    return [act.OutOfStep("D", words), *cancels, find]
+
+
+REPLACE_BOTH = (cancel("D", "replaced"), cancel("P", "replaced"))
+
+
+def test_a_gap_among_tokens_is_replayed_from_what_the_client_has() -> None:
     machine = placed()
     machine.handle(tokens("P", 0, 50))
-    assert machine.handle(tokens("D", 2, 52)) == [
-        cancel("D", "failed"),
-        cancel("P", "failed"),
-        Failure(errors.InternalError, "token 2 where 1 was due"),
-    ]
+    what = "sent token 2 where 1 was due"
+    assert machine.handle(tokens("D", 2, 52)) == out_of_step(what, *REPLACE_BOTH)
+    actions = machine.handle(ev.PlaceFound(4.0, 8, REPLAY))
+    assert actions[1].attempt.tokens == (*PROMPT, 50)
+    assert machine.handle(tokens("D", 1, 99)) == []  # of the attempt that is over
+    assert machine.lost_at == 2.0
+    machine.handle(tokens("P", 1, 51, sid=8, at=5.0))
+    assert machine.emitted == [50, 51]
+    assert machine.lost_at is None
 
 
-def test_more_tokens_than_asked_for_is_an_internal_error() -> None:
+def test_more_tokens_than_asked_for_are_replayed_and_none_of_them_shown() -> None:
     machine = placed(LOCAL)
-    assert machine.handle(tokens("D", 0, 1, 2, 3, 4, 5)) == [
+    what = "sent more than 4 tokens"
+    assert machine.handle(tokens("D", 0, 1, 2, 3, 4, 5)) == out_of_step(
+        what, cancel("D", "replaced")
+    )
+    assert machine.emitted == []
+
+
+def test_an_end_before_the_last_token_is_no_end() -> None:
+    machine = placed(LOCAL)
+    machine.handle(tokens("D", 0, 50))
+    actions = machine.handle(tokens("D", 1, 51, finish=FinishReason.LENGTH))
+    assert actions == out_of_step("ended at token 2 of 4", cancel("D", "replaced"))
+
+
+@pytest.mark.parametrize("repeat", [(51,), (51, 52), (50, 52, 53)])
+def test_a_repeat_that_differs_from_what_the_client_has_is_replayed(repeat) -> None:
+    machine = placed(LOCAL)
+    machine.handle(tokens("D", 0, 50))
+    machine.handle(tokens("D", 1, 51))
+    actions = machine.handle(tokens("D", 0, *repeat))
+    what = "sent another token 0 than the client has"
+    assert actions == out_of_step(what, cancel("D", "replaced"))
+
+
+def test_a_worker_out_of_step_too_often_ends_in_a_typed_error() -> None:
+    machine = placed(LOCAL, max_replays=0)
+    assert machine.handle(tokens("D", 3, 53)) == [
+        act.OutOfStep("D", "sent token 3 where 0 was due"),
         cancel("D", "failed"),
-        Failure(errors.InternalError, "more than 4"),
+        Failure(errors.WorkerLost, "worker D was out of step: it sent token 3 where 0 was due"),
     ]
+    assert machine.lost_at == 2.0
+
+
+def test_kv_that_is_said_to_have_come_twice_is_counted_once() -> None:
+    machine = placed()
+    assert machine.awaits_kv
+    machine.handle(received())
+    assert not machine.awaits_kv
+    assert machine.handle(received()) == []
+    assert machine._measured.kv_bytes == 640
+
+
+def test_who_holds_the_attempt() -> None:
+    machine = placed()
+    assert (machine.holds("P"), machine.holds("D"), machine.holds("E")) == (True, True, False)
+    machine.handle(received())
+    assert (machine.holds("P"), machine.holds("D")) == (False, True)
+    machine.handle(failed("D", errors.LeaseLost("x")))
+    assert not machine.holds("D")
+    assert not make().holds("D")
 
 
 def test_decode_tokens_that_overtake_the_first_one_wait_for_it() -> None:
@@ -269,15 +329,17 @@ def test_finish_that_overtakes_the_first_token_waits_too() -> None:
 
 
 @pytest.mark.parametrize("second", [3, 9])
-def test_gap_among_overtaking_tokens_is_an_internal_error(second: int) -> None:
+def test_a_gap_among_overtaking_tokens_is_replayed(second: int) -> None:
     machine = placed()
     machine.handle(tokens("D", 1, 51))
-    assert machine.handle(tokens("D", second, 53))[-1] == Failure(errors.InternalError)
+    what = f"sent token {second} where 0 was due"
+    assert machine.handle(tokens("D", second, 53)) == out_of_step(what, *REPLACE_BOTH)
 
 
 def test_overtaking_tokens_are_bounded() -> None:
     machine = placed()
-    assert machine.handle(tokens("D", 1, 1, 2, 3, 4))[-1] == Failure(errors.InternalError, "than 4")
+    actions = machine.handle(tokens("D", 1, 1, 2, 3, 4))
+    assert actions == out_of_step("sent more than 4 tokens", *REPLACE_BOTH)
 
 
 def test_prefill_lost_while_decode_waits_for_its_token_is_replayed() -> None:
