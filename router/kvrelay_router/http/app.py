@@ -16,7 +16,7 @@ from kvrelay_protocol.errors import KvrelayError
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.http import models
 from kvrelay_router.http.answer import Answer, Patience
-from kvrelay_router.http.auth import RequireKey
+from kvrelay_router.http.auth import RequireKey, tenant_of
 from kvrelay_router.http.body import off_loop, parse, read_object
 from kvrelay_router.http.caller import CallerWishes, header_values
 from kvrelay_router.http.chat import ChatFrames
@@ -101,7 +101,8 @@ class GeneratingEndpoint:
         """Raises: KvrelayError, as long as no answer's head is out."""
         headers = header_values(scope)
         raw, size = await read_object(headers, receive)
-        wishes = CallerWishes.from_headers(headers, self._config.request_timeout_s)
+        limit_s = self._config.request_timeout_s
+        wishes = CallerWishes.from_headers(headers, limit_s, tenant_of(scope))
         limited = within_limits(self._model, self._core)
         plan = await off_loop(size, lambda: self._planner(limited, raw, wishes))
         named_events = headers.get("x-stream-protocol") == "1"

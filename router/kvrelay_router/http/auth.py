@@ -11,6 +11,18 @@ from kvrelay_protocol.errors import Unauthorized
 from kvrelay_router.http.errors import error_response
 
 PUBLIC_PATHS = frozenset({"/health", "/metrics"})
+TENANT = "kvrelay.tenant"
+"""Key of an ASGI scope: which API key a request came with, as bytes that don't tell the key."""
+
+
+def tenant_of(scope: Scope) -> bytes:
+    """Whose request it is: 16 bytes that differ from key to key; empty where nobody needs one."""
+    tenant: bytes = scope.get(TENANT, b"")
+    return tenant
+
+
+def _tenant(digest: bytes) -> bytes:
+    return hashlib.blake2b(digest, digest_size=16, person=b"kvrelay-tenant").digest()
 
 
 def _digest(key: str) -> bytes:
@@ -37,6 +49,7 @@ class RequireKey:
             if not self._knows(presented):
                 await error_response(Unauthorized("incorrect API key"))(scope, receive, send)
                 return
+            scope[TENANT] = _tenant(_digest(presented))
         await self._app(scope, receive, send)
 
     def _knows(self, key: str) -> bool:

@@ -26,9 +26,13 @@ class CallerWishes:
     traceparent: str | None
     force_path: PathKind | None
     deadline_s: float
+    tenant: bytes = b""
+    """Prefixes are shared among requests of one tenant only; see `auth.tenant_of`."""
 
     @classmethod
-    def from_headers(cls, headers: Mapping[str, str], longest_s: float) -> "CallerWishes":
+    def from_headers(
+        cls, headers: Mapping[str, str], longest_s: float, tenant: bytes = b""
+    ) -> "CallerWishes":
         """Read them.
 
         Raises:
@@ -40,6 +44,7 @@ class CallerWishes:
             None if context is None else context.traceparent,
             _force_path(headers.get("x-kvrelay-force-path")),
             _deadline(headers.get("x-request-timeout"), longest_s),
+            tenant,
         )
 
 

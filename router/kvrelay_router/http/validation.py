@@ -207,7 +207,7 @@ def _choices(
                 max_tokens=max_tokens,
                 stop_token_ids=stop_ids,
                 deadline_s=wishes.deadline_s,
-                cache_salt=(body.cache_salt or "").encode(),
+                cache_salt=wishes.tenant + (body.cache_salt or "").encode(),
                 traceparent=wishes.traceparent,
                 force_path=wishes.force_path,
                 operation=operation,
