@@ -73,14 +73,18 @@ def test_values_survive_the_way_to_a_child():
     assert "--log-requests" in arguments
     assert not any("api-key" in argument or "join-token" in argument for argument in arguments)
     environment = flags.to_environment(ROUTER_FLAGS, values)
-    assert environment == {"KVRELAY_API_KEY": "a,b", "KVRELAY_JOIN_TOKEN": ""}
+    hidden = dict.fromkeys(
+        ("KVRELAY_JOIN_TLS_CERT", "KVRELAY_JOIN_TLS_KEY", "KVRELAY_JOIN_TLS_CA"), ""
+    )
+    assert environment == {"KVRELAY_API_KEY": "a,b", "KVRELAY_JOIN_TOKEN": ""} | hidden
 
     from kvrelay.cli.command import build_parser
     from kvrelay.cli.main import load_command
 
     parsed = build_parser(load_command("router")).parse_args(["m", *arguments])
     child = resolve(ROUTER_FLAGS, vars(parsed), environ=environment)
-    assert vars(child) == {flag.dest: getattr(values, flag.dest) for flag in ROUTER_FLAGS}
+    sent = {flag.dest: getattr(values, flag.dest, flag.default) for flag in ROUTER_FLAGS}
+    assert vars(child) == sent
 
 
 def test_defaults_are_those_of_the_configs():
@@ -160,3 +164,17 @@ def test_a_join_address_is_host_and_port_not_a_url(address, capsys):
 
     assert main(["decode", "--join", address]) == 2
     assert "must be host:port, such as 10.0.0.7:8001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("joined", ["a:1,b:2", "a:1, b:2 "])
+def test_a_worker_may_join_several_routers(joined):
+    assert resolve(WORKER_FLAGS, {"join": joined}, environ={}).join == "a:1,b:2"
+
+
+@pytest.mark.parametrize(
+    ("joined", "problem"),
+    [("a:1,b", "must be host:port"), ("a:1,", "must be host:port"), ("a:1,a:1", "twice")],
+)
+def test_every_router_of_a_list_is_checked(joined, problem):
+    with pytest.raises(UsageError, match=problem):
+        resolve(WORKER_FLAGS, {"join": joined}, environ={})

@@ -129,6 +129,14 @@ def base_url(value: str) -> str:
     return value
 
 
+def addresses(value: str) -> str:
+    """One host:port or several, separated by commas, none twice."""
+    each = [address(item.strip()) for item in value.split(",")]
+    if len(set(each)) < len(each):
+        raise ValueError("must not name a router twice")
+    return ",".join(each)
+
+
 def address(value: str) -> str:
     """host:port, the port within range."""
     host, colon, port = value.rpartition(":")
@@ -155,7 +163,7 @@ def to_arguments(flags: Sequence[Flag], values: Any) -> list[str]:
     """The command line that gives another process these values; secrets are left out."""
     arguments: list[str] = []
     for flag in flags:
-        value = getattr(values, flag.dest)
+        value = getattr(values, flag.dest, flag.default)
         if flag.secret or flag.positional or value is None or value is False:
             continue
         if flag.switch:
@@ -168,9 +176,13 @@ def to_arguments(flags: Sequence[Flag], values: Any) -> list[str]:
 
 
 def to_environment(flags: Sequence[Flag], values: Any) -> dict[str, str]:
-    """The secrets `to_arguments` left out; empty ones hide what we inherited ourselves."""
+    """The secrets `to_arguments` left out; empty ones hide what we inherited ourselves.
+
+    So do those of flags that `values` says nothing of: they are not for our children.
+    """
     secrets = [flag for flag in flags if flag.secret]
-    return {
+    unknown = [flag for flag in flags if not hasattr(values, flag.dest)]
+    return {flag.variable: "" for flag in unknown} | {
         flag.variable: ",".join(getattr(values, flag.dest))
         if flag.repeated
         else getattr(values, flag.dest) or ""

@@ -35,6 +35,9 @@ def run_router(values: SimpleNamespace) -> int:
             join_host=values.join_host,
             join_port=values.join_port,
             join_token=values.join_token,
+            join_tls_cert=values.join_tls_cert,
+            join_tls_key=values.join_tls_key,
+            join_tls_ca=values.join_tls_ca,
             api_keys=values.api_key,
             tls_cert=values.tls_cert,
             tls_key=values.tls_key,
@@ -74,6 +77,10 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
         model_name=values.served_model_name or model.name,
         router=values.join,
         join_token=values.join_token,
+        router_ca=values.router_ca,
+        router_cert=values.router_cert,
+        router_key=values.router_key,
+        router_name=values.router_name or "",
         device=resolve_device(values.device),
         dtype=values.dtype,
         quantization=values.quantization,
@@ -90,6 +97,9 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
         heartbeat_s=values.heartbeat,
         drain_grace_s=values.drain_grace,
     )
+    from kvrelay_engine.runtime.join_tls import join_tls
+
+    join_tls(config)  # its files are read again when the engine is ready; a bad one shows now
     if role == "prefill":
         from kvrelay_prefill.main import run
     elif role == "decode":

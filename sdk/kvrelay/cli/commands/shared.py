@@ -5,7 +5,7 @@ Defaults repeat those of `RouterConfig` and `WorkerConfig`; a test holds them eq
 
 from kvrelay.cli.flags import (
     Flag,
-    address,
+    addresses,
     api_key,
     boolean,
     choice,
@@ -58,11 +58,26 @@ JOIN_SERVER = (
          "PORT"),
     _JOIN_TOKEN,
 )  # fmt: skip
+JOIN_SERVER_TLS = (
+    Flag("--join-tls-cert", "certificate chain that workers are shown (PEM)", existing_file, None,
+         "join", "FILE"),
+    Flag("--join-tls-key", "its private key (PEM)", existing_file, None, "join", "FILE"),
+    Flag("--join-tls-ca", "ask workers for a certificate of this authority (PEM)", existing_file,
+         None, "join", "FILE"),
+)  # fmt: skip
 JOIN_CLIENT = (
-    Flag("--join", "the router's join address", address, None, "join", "HOST:PORT", required=True),
+    Flag("--join", "join address of the router, or of all of them: HOST:PORT,HOST:PORT", addresses,
+         None, "join", "HOST:PORT", required=True),
     _JOIN_TOKEN,
     Flag("--name", "unique among the router's workers", text, None, "join", "NAME"),
-)
+    Flag("--router-ca", "dial with TLS: authority of the routers' certificates (PEM)",
+         existing_file, None, "join", "FILE"),
+    Flag("--router-cert", "this worker's certificate chain, if routers ask (PEM)", existing_file,
+         None, "join", "FILE"),
+    Flag("--router-key", "its private key (PEM)", existing_file, None, "join", "FILE"),
+    Flag("--router-name", "name in the routers' certificates, if not the host dialled", text, None,
+         "join", "NAME"),
+)  # fmt: skip
 
 REQUESTS = (
     Flag("--max-queue", "requests that may wait for a place", integer(1), 512, "requests", "N"),
@@ -117,6 +132,6 @@ SUPERVISED = Flag(
     "--supervised", "print no address: another process does", boolean, False, "http", switch=True
 )
 
-ROUTER_FLAGS = (*MODEL, *HTTP, SUPERVISED, *JOIN_SERVER, *REQUESTS, *TIMES)
+ROUTER_FLAGS = (*MODEL, *HTTP, SUPERVISED, *JOIN_SERVER, *JOIN_SERVER_TLS, *REQUESTS, *TIMES)
 WORKER_FLAGS = (*MODEL, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
 STACK_FLAGS = (*MODEL, *POOLS, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *TRANSFER, *TIMES)
