@@ -135,3 +135,17 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", sys.executable)
     with pytest.raises(build.NoCompiler, match="building the CPU kernels failed"):
         build.build_library()
+
+
+@compiler
+def test_a_cache_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sources = tmp_path / "sources"
+    small_library(sources)
+    monkeypatch.setattr(build, "_SOURCES", sources)
+    library = build.build_library()
+    library.parent.chmod(0o777)
+    with pytest.raises(build.NoCompiler, match="written by others; remove it"):
+        build.build_library()
+    library.parent.chmod(0o700)
+    assert build.build_library() == library

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -42,21 +43,32 @@ def build_library() -> Path:
     one builds, the others wait.
 
     Raises:
-        NoCompiler: no C++ compiler, it failed, or the cache folder cannot be written.
+        NoCompiler: no C++ compiler, it failed, or the cache folder cannot be written or is not ours alone.
     """
     try:
         compiler = _compiler()
         folder = _cache_folder() / _key(compiler)
         library = folder / "libkvrelay_kernels.so"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_ours(folder)
         if library.is_file():
             return library
-        folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / "lock"):
             if not library.is_file():
                 _compile(compiler, library)
         return library
     except (OSError, subprocess.SubprocessError) as error:
         raise NoCompiler(f"building the CPU kernels failed: {error}") from error
+
+
+def _check_ours(folder: Path) -> None:
+    """What lies in there will run in this process: nobody else may have put it there."""
+    found = folder.stat()
+    if found.st_uid not in {0, os.getuid()} or found.st_mode & stat.S_IWOTH:
+        raise NoCompiler(
+            f"{folder} belongs to or can be written by others; remove it, or name another cache in "
+            "XDG_CACHE_HOME"
+        )
 
 
 def _compiler() -> str:
@@ -82,8 +94,8 @@ def _key(compiler: str) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for path in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.hpp")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    stat = Path(compiler).resolve().stat()
-    digest.update(f"{_FLAGS}{compiler}{stat.st_size}{stat.st_mtime_ns}".encode())
+    binary = Path(compiler).resolve().stat()
+    digest.update(f"{_FLAGS}{compiler}{binary.st_size}{binary.st_mtime_ns}".encode())
     digest.update(_cpu().encode())
     return digest.hexdigest()
 
