@@ -33,6 +33,8 @@ from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_protocol.trace import TraceContext
 from kvrelay_transfer.kit import TransferKit
 from kvrelay_transfer.lease import LeaseId
+from kvrelay_transfer.setup import message_from_layout
+from kvrelay_transfer.ticket import new_ticket
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class DecodeWorker:
     _progress: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever a sequence ends."""
     _corrupt_frames: int = 0
+    _foreign_frames: int = 0
     _expired_leases: int = 0
     _let_go: int = 0
     _bandwidth: float = 0.0
@@ -102,6 +105,10 @@ class DecodeWorker:
             self._let_go += len(orphans)
         for own in orphans:
             self._cancel(own, "the router does not have it")
+        for own in difference.renewed:
+            sequence = self._sequences[own]
+            if sequence.receiver is not None and sequence.transfer is not None:
+                sequence.receiver.renew()
         return [wire_id(own) for own in difference.unknown]
 
     def step(self, batch: Batch) -> StepResult:
@@ -135,6 +142,7 @@ class DecodeWorker:
 
     def add_load(self, load: pb.Load) -> None:
         load.corrupt_frames = self._corrupt_frames
+        load.foreign_frames = self._foreign_frames
         load.expired_leases = self._expired_leases
         load.let_go = self._let_go
         load.open_transfers = sum(s.transfer is not None for s in self._sequences.values())
@@ -188,18 +196,20 @@ class DecodeWorker:
         if sequence is None:  # cancelled meanwhile; the abort is behind the reservation
             return
         identity = LeaseId(secrets.token_bytes(16), self.host.incarnation, event.generation)
-        tag = secrets.randbits(64)
+        ticket, tag = new_ticket(), secrets.randbits(64)
         size = self.kit.layout.block_size
         receiver = KvReceiver(
             identity,
+            ticket=ticket,
             tag=tag,
+            spec=sequence.spec,
             prompt_blocks=event.blocks[: -(-len(sequence.spec.tokens) // size)],
             first_block=event.first_block,
             kit=self.kit,
             pool=self.host.engine.runner.pool,
             lease_s=sequence.lease_s,
             deadline=sequence.submitted + sequence.spec.deadline_s,
-            on_posted=lambda: self._grant(event, identity, tag),
+            on_posted=lambda: self._grant(event, identity, tag, ticket),
             on_missing=lambda numbers: self._ask_again(event.sequence_id, numbers),
         )
         sequence.receiver = receiver
@@ -209,7 +219,7 @@ class DecodeWorker:
             lambda task: self._transfer_ended(sequence, receiver, task),
         )
 
-    def _grant(self, event: Reserved, identity: LeaseId, tag: int) -> None:
+    def _grant(self, event: Reserved, identity: LeaseId, tag: int, ticket: bytes) -> None:
         self.host.send(
             pb.WorkerMessage(
                 lease_granted=pb.LeaseGranted(
@@ -223,7 +233,9 @@ class DecodeWorker:
                         worker_name=self.host.config.name,
                         first_block=event.first_block,
                         max_message_bytes=self.kit.staging.nbytes,
-                                ),
+                        ticket=ticket,
+                        kv_layout=message_from_layout(self.kit.layout),
+                    ),
                 ),
             ),
             session_of(event.sequence_id),
@@ -238,6 +250,7 @@ class DecodeWorker:
     ) -> None:
         """Nothing writes to the reserved blocks any more: run on them, or free them."""
         self._corrupt_frames += receiver.lease.corrupt_frames
+        self._foreign_frames += receiver.lease.foreign_frames
         receiver.lease.release()
         sequence.transfer = None
         sequence_id = sequence.spec.sequence_id
@@ -351,6 +364,9 @@ class DecodeWorker:
                 "kvrelay.kv.exposed_ms": received.exposed_seconds * 1e3,
             },
         )
+        if span.is_recording():
+            for event in received.events:
+                span.add_event("kv_message", event.attributes, event.arrived.at_ns)
         span.end()
 
     @staticmethod

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from kvrelay_engine.cache.pool import KVPool
 from kvrelay_engine.sequence import SequenceSpec
 from kvrelay_protocol import fleet_pb2 as pb
@@ -12,7 +14,7 @@ from kvrelay_protocol.errors import DeadlineExceeded, KvrelayError, LeaseLost
 from kvrelay_protocol.trace import TraceContext
 from kvrelay_transfer.frames import HEADER_SIZE, FrameHeader, FrameKind, seal
 from kvrelay_transfer.kit import TransferKit
-from kvrelay_transfer.layout import Piece
+from kvrelay_transfer.layout import DTYPE_CODES, Piece, WireFormat
 from kvrelay_transfer.lease import (
     HandoverMessage,
     KvMessage,
@@ -21,6 +23,8 @@ from kvrelay_transfer.lease import (
     SendLease,
     SendState,
 )
+from kvrelay_transfer.ticket import frame_key
+from kvrelay_transfer.timings import MessageNotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,23 @@ class Sent:
     messages: int
     seconds: float
     transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of one message, or of several and all their repeats."""
+
+    gather_s: float
+    send_s: float
+
+    def __add__(self, other: "_Times") -> "_Times":
+        return _Times(self.gather_s + other.gather_s, self.send_s + other.send_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    frame: memoryview
+    seconds: float
 
 
 class KvSender:
@@ -63,6 +84,7 @@ class KvSender:
         self._lease_s = lease_s
         self._on_sent = on_sent
         self._lease = SendLease(kit.layout)
+        self._key = b""
         self._blocks: tuple[int, ...] = ()
         self._output: FirstOutput | None = None
         self._trace: TraceContext | None = None
@@ -72,6 +94,7 @@ class KvSender:
         self._send_s = 0.0
         self._bytes = 0
         self._messages = 0
+        self._times: MessageNotes[_Times] = MessageNotes(_Times.__add__)
         self._reported = False
         self._failure: KvrelayError | None = None
 
@@ -80,10 +103,11 @@ class KvSender:
         self._blocks = blocks
         self._trace = trace
         if cached_blocks:
-            self.written(Piece(0, self._kit.layout.num_layers, 0, cached_blocks))
+            layout = self._kit.layout
+            self.written(Piece(0, layout.num_layers, 0, cached_blocks * layout.block_size))
 
     def written(self, piece: Piece) -> None:
-        """The engine has written the KV of these layers of these logical blocks."""
+        """The engine has written the KV of these layers of these tokens, from a block's first one on."""
         self._lease.ready(piece)
         self._changed.set()
 
@@ -95,8 +119,21 @@ class KvSender:
         self._changed.set()
 
     def open(self, lease: OpenLease) -> None:
-        """The decode worker granted its lease and has posted the first receive."""
-        self._lease.open(lease)
+        """The decode worker granted its lease and has posted the first receive.
+
+        One that this KV can't be sent to (its layout, its ticket) fails the prompt.
+        """
+        if self._lease.lease is not None:
+            return
+        spec, model = self._spec, self._kit.layout.model_fingerprint
+        try:
+            self._key = frame_key(
+                lease.ticket, model=model, salt=spec.cache_salt, tokens=spec.tokens
+            )
+            self._lease.open(lease)
+        except KvrelayError as error:
+            self.fail(error)
+            return
         self._kit.transport.connect(lease.address)
         self._changed.set()
 
@@ -119,6 +156,7 @@ class KvSender:
 
         Raises:
             KvrelayError: what `fail` was given.
+            LayoutMismatch: the granted blocks can't hold this KV.
             PeerLost, TransferCancelled: the decode worker is gone or gave up.
             LeaseLost: everything was sent, and no release came within the lease time.
             DeadlineExceeded: the request's time is over, whatever this was waiting for.
@@ -155,20 +193,25 @@ class KvSender:
         lease = self._lease.lease
         assert lease is not None  # noqa: S101 - `next` gives messages of open leases only
         with await self._kit.staging.acquire() as staging:
-            frame = await self._kit.copy(self._fill, staging.view, message, lease)
+            filled = await self._kit.copy(self._fill, staging.view, message, lease)
             begun = time.monotonic()
-            await self._kit.transport.send(lease.address, lease.tag, frame)
-            self._send_s += time.monotonic() - begun
-            self._bytes += len(frame)
+            await self._kit.transport.send(lease.address, lease.tag, filled.frame)
+            seconds = time.monotonic() - begun
+            self._send_s += seconds
+            self._bytes += len(filled.frame)
             self._messages += 1
+        if isinstance(message, KvMessage):
+            self._times.add(message.number, _Times(filled.seconds, seconds))
 
-    def _fill(self, buffer: memoryview, message: Outgoing, lease: OpenLease) -> memoryview:
+    def _fill(self, buffer: memoryview, message: Outgoing, lease: OpenLease) -> _Filled:
         """Write one frame; runs on the copy thread."""
+        begun = time.monotonic()
         match message:
             case KvMessage(number, piece):
-                return self._fill_blocks(buffer, number, piece, lease)
+                frame = self._fill_blocks(buffer, number, piece, lease)
             case HandoverMessage(total):
-                return self._fill_record(buffer, total, lease)
+                frame = self._fill_record(buffer, total, lease)
+        return _Filled(frame, time.monotonic() - begun)
 
     def _fill_blocks(
         self,
@@ -177,17 +220,10 @@ class KvSender:
         piece: Piece,
         lease: OpenLease,
     ) -> memoryview:
-        end_layer = piece.layer_start + piece.layer_count
-        end_block = piece.block_first + piece.block_count
-        nbytes = piece.payload_bytes(self._kit.layout)
-        tokens = min(len(self._spec.tokens), end_block * self._pool.block_size)
-        blocks_digest = self._pool.gather(
-            piece.layer_start,
-            end_layer,
-            self._blocks[piece.block_first : end_block],
-            buffer[HEADER_SIZE : HEADER_SIZE + nbytes],
-            tokens - (end_block - 1) * self._pool.block_size,
-        )
+        wire = self._lease.wire
+        assert wire is not None  # noqa: S101 - there is one for an open lease
+        nbytes = wire.payload_bytes(piece)
+        blocks_digest = self._gather(wire, piece, buffer[HEADER_SIZE : HEADER_SIZE + nbytes])
         header = FrameHeader(
             kind=FrameKind.KV_GROUP,
             lease_id=lease.identity.lease_id,
@@ -196,11 +232,36 @@ class KvSender:
             sequence=number,
             layer_start=piece.layer_start,
             layer_count=piece.layer_count,
-            block_first=piece.block_first,
-            block_count=piece.block_count,
+            token_start=piece.token_start,
+            token_count=piece.token_count,
+            head_start=wire.heads.start,
+            head_count=len(wire.heads),
+            block_tokens=wire.block_tokens,
+            dtype_code=DTYPE_CODES[wire.dtype],
             trace=self._trace,
         )
-        return seal(buffer, header, nbytes, blocks_digest)
+        return seal(buffer, header, nbytes, self._key, blocks_digest)
+
+    def _gather(self, wire: WireFormat, piece: Piece, out: memoryview) -> bytes | None:
+        layout, size, tokens = self._kit.layout, self._pool.block_size, piece.tokens
+        if wire == WireFormat.between(layout, layout):
+            end = -(-tokens.stop // size)
+            return self._pool.gather(
+                piece.layer_start,
+                piece.layer_end,
+                self._blocks[tokens.start // size : end],
+                out,
+                tokens.stop - (end - 1) * size,
+            )
+        return self._pool.gather_tokens(
+            piece.layer_start,
+            piece.layer_end,
+            self._blocks,
+            tokens,
+            out,
+            heads=wire.heads,
+            dtype=getattr(torch, wire.dtype),
+        )
 
     def _fill_record(self, buffer: memoryview, total: int, lease: OpenLease) -> memoryview:
         assert self._output is not None  # noqa: S101 - the record is due only after `computed`
@@ -211,6 +272,8 @@ class KvSender:
             computed_at=self._computed_at,
             cached_tokens=self._output.cached_tokens,
             send_seconds=self._send_s,
+            gather_seconds_each=[times.gather_s for times in self._times.in_order],
+            send_seconds_each=[times.send_s for times in self._times.in_order],
             transport=self._kit.transport.transport_of(lease.address),
         ).SerializeToString()
         buffer[HEADER_SIZE : HEADER_SIZE + len(record)] = record
@@ -223,7 +286,7 @@ class KvSender:
             total_messages=total + 1,
             trace=self._trace,
         )
-        return seal(buffer, header, len(record))
+        return seal(buffer, header, len(record), self._key)
 
     def _report(self) -> None:
         if self._reported or self._lease.lease is None:

@@ -22,12 +22,13 @@ from kvrelay_engine.sequence import SequenceFailed, SequenceSpec
 from kvrelay_prefill.scheduler import Admitted, FirstToken, PrefillScheduler
 from kvrelay_prefill.sender import FirstOutput, KvSender, Sent
 from kvrelay_protocol import fleet_pb2 as pb
-from kvrelay_protocol.errors import ContextOverflow, KvrelayError
+from kvrelay_protocol.errors import ContextOverflow, KvrelayError, LayoutMismatch
 from kvrelay_protocol.telemetry import Telemetry, context_of
 from kvrelay_protocol.trace import TraceContext
 from kvrelay_transfer.kit import TransferKit
 from kvrelay_transfer.layout import Piece, group_layers
 from kvrelay_transfer.lease import LeaseId, OpenLease
+from kvrelay_transfer.setup import layout_from_message
 
 log = logging.getLogger(__name__)
 
@@ -115,27 +116,17 @@ class PrefillWorker:
     def step(self, batch: Batch) -> StepResult:
         """One engine step; hands each layer group over as soon as it is written. Engine thread."""
         begun = time.monotonic()
-        size = self.kit.layout.block_size
-        ranges = [
-            (
-                part.sequence_id,
-                part.start // size,
-                -(-(part.start + len(part.tokens)) // size) - part.start // size,
-            )
-            for part in batch.slices
-        ]
-
         def layers_done(first: int, end: int) -> None:
             pieces = [
-                (sequence_id, Piece(first, end - first, block, count))
-                for sequence_id, block, count in ranges
+                (part.sequence_id, Piece(first, end - first, part.start, len(part.tokens)))
+                for part in batch.slices
             ]
             self._loop.call_soon_threadsafe(self._written, pieces)
 
         result = self.host.engine.runner.step(
             batch,
             layers_done,
-            group_layers(self.kit.layout, max(count for _, _, count in ranges)),
+            group_layers(self.kit.layout, max(len(part.tokens) for part in batch.slices)),
         )
         rate = batch.num_tokens / max(time.monotonic() - begun, 1e-6)
         self._computed_tokens += batch.num_tokens
@@ -222,6 +213,11 @@ class PrefillWorker:
         self.host.send(failure_message(spec.sequence_id, error), session)
 
     def _open(self, prompt: _Prompt, lease: pb.Lease) -> None:
+        try:
+            layout = layout_from_message(lease.kv_layout)
+        except LayoutMismatch as error:
+            prompt.sender.fail(error)
+            return
         prompt.sender.open(
             OpenLease(
                 identity=LeaseId(lease.lease_id, lease.epoch, lease.generation),
@@ -229,6 +225,8 @@ class PrefillWorker:
                 address=lease.transport_address,
                 first_block=lease.first_block,
                 max_message_bytes=min(lease.max_message_bytes, self.kit.staging.nbytes),
+                layout=layout,
+                ticket=lease.ticket,
             ),
         )
 

@@ -15,6 +15,7 @@ from kvrelay_bench.transfer.run import Results, describe, run_transfer, share_ta
 from kvrelay_bench.transfer.stages import Stages
 from kvrelay_protocol.errors import TransferError, TransportMisconfigured, UsageError
 from kvrelay_transfer.frames import CorruptFrame
+from kvrelay_transfer.layout import WireFormat
 
 KIB = 1024
 
@@ -26,9 +27,9 @@ def flags(**given):
 @pytest.mark.parametrize("size", [*SIZES, 16 * KIB, 48 * KIB, 96 * KIB * KIB])
 def test_a_message_has_the_blocks_that_make_its_size(size):
     piece = piece_of(size)
-    assert piece.payload_bytes(LAYOUT) == size
+    assert WireFormat.between(LAYOUT, LAYOUT).payload_bytes(piece) == size
     assert piece.layer_count <= LAYOUT.num_layers
-    assert piece.block_count <= 256
+    assert piece.token_count <= 256 * LAYOUT.block_size
 
 
 @pytest.mark.parametrize("size", [16 * KIB + 1, 8 * KIB, 16 * KIB * 6151])

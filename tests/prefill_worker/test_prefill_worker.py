@@ -1,9 +1,11 @@
 """The prefill worker's control messages in every order; the test is router and engine thread."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from bare_worker import (
+    LAYOUT,
     TOKEN,
     VOCABULARY,
     bench,
@@ -19,6 +21,7 @@ from kvrelay_engine.batch import StepResult
 from kvrelay_prefill.worker import PrefillWorker
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import InternalError
+from kvrelay_transfer.setup import message_from_layout
 
 
 @pytest.fixture
@@ -30,16 +33,19 @@ async def prefill():
     await made.close()
 
 
-def grant(sequence_id: int, address: bytes) -> pb.LeaseGranted:
-    lease = pb.Lease(
-        lease_id=bytes(16),
-        epoch=1,
-        generation=1,
-        tag=5,
-        transport_address=address,
-        worker_name="d",
-        max_message_bytes=4096,
-    )
+def grant(sequence_id: int, address: bytes, **changes: object) -> pb.LeaseGranted:
+    fields = {
+        "lease_id": bytes(16),
+        "epoch": 1,
+        "generation": 1,
+        "tag": 5,
+        "transport_address": address,
+        "worker_name": "d",
+        "max_message_bytes": 4096,
+        "ticket": bytes(32),
+        "kv_layout": message_from_layout(LAYOUT),
+    }
+    lease = pb.Lease(**(fields | changes))
     return pb.LeaseGranted(sequence_id=sequence_id, lease=lease)
 
 
@@ -150,6 +156,33 @@ async def test_a_prompt_that_waits_for_blocks_ends_at_its_deadline(prefill):
     assert [f.sequence_id for f in prefill.host.named("sequence_failed")] == [2]
     prefill.turn()
     assert prefill.scheduler.load().waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "text"),
+    [
+        ({"ticket": b"short"}, "lease_lost", "ticket of 5 bytes"),
+        ({"kv_layout": pb.KvLayout()}, "layout_mismatch", "unknown KV dtype ''"),
+        (
+            {"kv_layout": message_from_layout(replace(LAYOUT, num_layers=3))},
+            "layout_mismatch",
+            "kv_layout.num_layers: this worker has 2, its peer 3",
+        ),
+    ],
+)
+async def test_a_lease_that_this_kv_does_not_fit_fails_its_prompt_alone(
+    prefill, changes, code, text
+):
+    prefill.worker.handle(submit_prefill(1))
+    prefill.worker.handle(submit_prefill(2))
+    prefill.turn()
+    address = prefill.worker.kit.transport.address
+    prefill.worker.handle(open_transfer(grant(1, address, **changes)))
+    await until(lambda: prefill.host.named("sequence_failed"))
+    (failed,) = prefill.host.named("sequence_failed")
+    assert (failed.sequence_id, failed.error.code) == (1, code)
+    assert text in failed.error.message
+    assert prefill.worker.open_sequences == 1
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,7 @@ class Bench:
         """What the engine's `layers_done` reports, all layers at once."""
         if self.say_written and isinstance(self.worker, PrefillWorker):
             for part in batch.slices:
-                first = part.start // BLOCK
-                count = -(-(part.start + len(part.tokens)) // BLOCK) - first
-                piece = Piece(0, LAYOUT.num_layers, first, count)
+                piece = Piece(0, LAYOUT.num_layers, part.start, len(part.tokens))
                 self.worker._written([(part.sequence_id, piece)])
 
     async def stopped(self) -> None:

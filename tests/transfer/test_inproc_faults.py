@@ -6,15 +6,16 @@ import time
 import pytest
 
 from kvrelay_protocol.errors import CorruptFrame, PeerLost
-from kvrelay_transfer.frames import HEADER_SIZE, FrameHeader, FrameKind, open_frame, seal
+from kvrelay_transfer.frames import HEADER_SIZE, Expected, FrameHeader, FrameKind, open_frame, seal
 from kvrelay_transfer.inproc import Fault, Faults, InprocTransport
 
 SIZES = [1000, 3_000_000]
+OURS = Expected(bytes(16), 1, 1, bytes(32))
 
 
 def frame(payload_bytes: int) -> bytearray:
     buffer = bytearray(HEADER_SIZE) + b"k" * payload_bytes
-    seal(buffer, FrameHeader(FrameKind.KV_GROUP, bytes(16), 1, 1, 0), payload_bytes)
+    seal(buffer, FrameHeader(FrameKind.KV_GROUP, bytes(16), 1, 1, 0), payload_bytes, OURS.key)
     return buffer
 
 
@@ -49,9 +50,9 @@ async def test_a_damaged_message_is_delivered_and_its_frame_is_corrupt(faulty, k
         got = await receive.wait()
         if i == 1 and not (kind == "truncate" and len(data) <= 2_005):
             with pytest.raises(CorruptFrame):
-                open_frame(buffer, got)
+                open_frame(buffer, got, OURS)
         else:
-            open_frame(buffer, got)
+            open_frame(buffer, got, OURS)
     assert data == kept, "the sender's own buffer is not damaged"
     assert [fault.kind for fault in faults.fired] == [kind]
     assert faults.plan == []

@@ -1,14 +1,17 @@
 """The lease machines against each other: whatever is lost, the blocks arrive once and nothing is left."""
 
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvrelay_protocol.errors import LayoutMismatch
 from kvrelay_transfer.frames import HEADER_SIZE
 from kvrelay_transfer.layout import KvLayout, Piece
 from kvrelay_transfer.lease import (
+    MAX_REFUSED_FRAMES,
     MAX_RESENDS,
     Abandon,
     Complete,
@@ -24,13 +27,20 @@ from kvrelay_transfer.lease import (
     SendState,
 )
 
-LAYOUT = KvLayout("m", "float32", 4, num_layers=3, num_kv_heads=1, head_dim=2)
+BLOCK = 4
+LAYOUT = KvLayout("m", "float32", BLOCK, num_layers=3, num_kv_heads=1, head_dim=2)
 BLOCK_BYTES = LAYOUT.layer_block_bytes
 IDENTITY = LeaseId(b"l" * 16, 1, 1)
 
 
-def lease(*, blocks_per_message=100, first_block=0):
-    return OpenLease(IDENTITY, 5, b"a", first_block, HEADER_SIZE + blocks_per_message * BLOCK_BYTES)
+def lease(*, blocks_per_message=100, first_block=0, layout=LAYOUT):
+    room = HEADER_SIZE + blocks_per_message * BLOCK_BYTES
+    return OpenLease(IDENTITY, 5, b"a", first_block, room, layout, bytes(32))
+
+
+def blocks(layer_start, layer_count, first, count):
+    """Whole blocks of the sender, as a piece."""
+    return Piece(layer_start, layer_count, first * BLOCK, count * BLOCK)
 
 
 def drain(sender):
@@ -43,33 +53,62 @@ def drain(sender):
 
 def test_nothing_is_sent_before_the_lease_is_open():
     sender = SendLease(LAYOUT)
-    sender.ready(Piece(0, 3, 0, 2))
+    sender.ready(blocks(0, 3, 0, 2))
     sender.computed()
     assert drain(sender) == []
     assert sender.state is SendState.COMPUTING
     sender.open(lease())
-    assert drain(sender) == [KvMessage(0, Piece(0, 3, 0, 2)), HandoverMessage(1)]
+    assert drain(sender) == [KvMessage(0, blocks(0, 3, 0, 2)), HandoverMessage(1)]
     assert sender.state is SendState.SENT
 
 
 def test_layer_groups_leave_while_later_layers_are_computed():
     sender = SendLease(LAYOUT)
     sender.open(lease())
-    sender.ready(Piece(0, 1, 0, 2))
-    assert drain(sender) == [KvMessage(0, Piece(0, 1, 0, 2))]
-    sender.ready(Piece(1, 1, 0, 2))
-    sender.ready(Piece(2, 1, 0, 2))
+    sender.ready(blocks(0, 1, 0, 2))
+    assert drain(sender) == [KvMessage(0, blocks(0, 1, 0, 2))]
+    sender.ready(blocks(1, 1, 0, 2))
+    sender.ready(blocks(2, 1, 0, 2))
     sender.computed()
-    assert drain(sender) == [KvMessage(1, Piece(1, 2, 0, 2)), HandoverMessage(2)]
+    assert drain(sender) == [KvMessage(1, blocks(1, 2, 0, 2)), HandoverMessage(2)]
 
 
 def test_blocks_the_receiver_has_are_not_sent():
     sender = SendLease(LAYOUT)
-    sender.ready(Piece(0, 3, 0, 2))
-    sender.ready(Piece(0, 3, 2, 3))
+    sender.ready(blocks(0, 3, 0, 2))
+    sender.ready(blocks(0, 3, 2, 3))
     sender.computed()
     sender.open(lease(first_block=3))
-    assert drain(sender) == [KvMessage(0, Piece(0, 3, 3, 2)), HandoverMessage(1)]
+    assert drain(sender) == [KvMessage(0, blocks(0, 3, 3, 2)), HandoverMessage(1)]
+
+
+def test_a_prompt_that_ends_inside_a_block_ends_there_on_the_wire():
+    sender = SendLease(LAYOUT)
+    sender.ready(Piece(0, 3, 0, 6))
+    sender.computed()
+    sender.open(lease(first_block=1))
+    assert drain(sender) == [KvMessage(0, Piece(0, 3, 4, 2)), HandoverMessage(1)]
+
+
+@pytest.mark.parametrize(("block_size", "first_block", "first"), [(3, 2, 6), (8, 1, 8), (1, 7, 7)])
+def test_a_receivers_own_blocks_say_where_to_begin(block_size, first_block, first):
+    layout = replace(LAYOUT, block_size=block_size)
+    sender = SendLease(LAYOUT)
+    sender.ready(Piece(0, 3, 0, 4))
+    sender.ready(Piece(0, 3, 4, 7))
+    sender.computed()
+    sender.open(lease(first_block=first_block, layout=layout))
+    assert sender.wire.block_tokens == 1
+    assert drain(sender) == [KvMessage(0, Piece(0, 3, first, 11 - first)), HandoverMessage(1)]
+
+
+def test_a_lease_of_another_model_is_not_opened():
+    sender = SendLease(LAYOUT)
+    with pytest.raises(
+        LayoutMismatch, match="model_fingerprint: this worker has 'm', its peer 'n'"
+    ):
+        sender.open(lease(layout=replace(LAYOUT, model_fingerprint="n")))
+    assert sender.state is SendState.COMPUTING
 
 
 def test_a_second_grant_and_a_late_resend_change_nothing():
@@ -91,6 +130,15 @@ def test_states_that_do_not_fit_are_refused():
     assert receiver.handover(0) == Complete()
     with pytest.raises(RuntimeError, match="ready"):
         receiver.kv_message(0, 1)
+
+
+def test_refused_frames_are_counted_apart_and_bounded_together():
+    receiver = ReceiveLease(IDENTITY, owed=1)
+    receiver.posted()
+    for n in range(MAX_REFUSED_FRAMES):
+        assert (receiver.corrupt() if n % 4 else receiver.foreign()) == Continue()
+    assert (receiver.corrupt_frames, receiver.foreign_frames) == (48, 16)
+    assert receiver.foreign() == Abandon("48 corrupt and 17 foreign frames")
 
 
 @pytest.mark.parametrize("sizes", [[], [3, 2], [3, 4]])
@@ -119,13 +167,14 @@ def test_every_block_arrives_once_or_the_transfer_is_abandoned(
     """`corrupted` are positions in the order of arrival; the wire keeps that order."""
     total_blocks = sum(chunks)
     first_block = min(first_block, total_blocks)
-    sender, receiver = SendLease(LAYOUT), ReceiveLease(IDENTITY, 3 * (total_blocks - first_block))
+    owed = 3 * BLOCK * (total_blocks - first_block)
+    sender, receiver = SendLease(LAYOUT), ReceiveLease(IDENTITY, owed)
     sender.open(lease(blocks_per_message=per_message, first_block=first_block))
     receiver.posted()
     wire, arrived, position, start = deque(), {}, 0, 0
     for count in chunks:
         for layer in range(3):
-            sender.ready(Piece(layer, 1, start, count))
+            sender.ready(blocks(layer, 1, start, count))
             wire += drain(sender)
         start += count
     sender.computed()
@@ -139,12 +188,12 @@ def test_every_block_arrives_once_or_the_transfer_is_abandoned(
             message = wire.popleft()
             position += 1
             if position - 1 in corrupted:
-                verdict = receiver.corrupt()
+                verdict = receiver.corrupt() if position % 2 else receiver.foreign()
             elif isinstance(message, HandoverMessage):
                 verdict = receiver.handover(message.total)
             else:
                 arrived[message.number] = message.piece
-                size = message.piece.layer_count * message.piece.block_count
+                size = message.piece.layer_count * message.piece.token_count
                 verdict = receiver.kv_message(message.number, size)
         if isinstance(verdict, Missing):
             sender.resend(list(verdict.numbers))
@@ -155,9 +204,10 @@ def test_every_block_arrives_once_or_the_transfer_is_abandoned(
     assert not wire, "a message is left over for the next transfer"
     assert receiver.state is ReceiveState.READY
     cells = [
-        (layer, block)
+        (layer, token)
         for piece in arrived.values()
-        for layer in range(piece.layer_start, piece.layer_start + piece.layer_count)
-        for block in range(piece.block_first, piece.block_first + piece.block_count)
+        for layer in range(piece.layer_start, piece.layer_end)
+        for token in piece.tokens
     ]
-    assert sorted(cells) == [(la, b) for la in range(3) for b in range(first_block, total_blocks)]
+    tokens = range(first_block * BLOCK, total_blocks * BLOCK)
+    assert sorted(cells) == [(layer, token) for layer in range(3) for token in tokens]

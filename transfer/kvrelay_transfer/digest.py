@@ -1,7 +1,9 @@
-"""xxh3-128 over a KV frame.
+"""xxh3-128 over the bytes of a KV frame, and the keyed BLAKE2b-128 that says whose frame it is.
 
-Not a defence against forgery: it finds bytes that were flipped, lost or overwritten on the way.
+The first is no defence against forgery: it finds bytes that were flipped, lost or overwritten on the way.
 """
+
+import hashlib
 
 from typing_extensions import Buffer
 from xxhash import xxh3_128
@@ -19,3 +21,8 @@ def digest(*parts: Buffer) -> bytes:
         state.update(part)
     value: bytes = state.digest()
     return value
+
+
+def mac(key: bytes, part: Buffer) -> bytes:
+    """16 bytes over `part` that only a holder of `key` (up to 64 bytes) can make."""
+    return hashlib.blake2b(part, key=key, digest_size=DIGEST_SIZE).digest()

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from kvrelay_transfer.frames import HEADER_SIZE
-from kvrelay_transfer.layout import KvLayout, Piece, split
+from kvrelay_transfer.layout import KvLayout, Piece, WireFormat, split
 
 MAX_RESENDS = 2
 """Rounds of asking again before the receiver computes the prompt itself."""
-MAX_CORRUPT_FRAMES = 64
-"""Corrupt frames of one transfer before the link is given up."""
+MAX_REFUSED_FRAMES = 64
+"""Corrupt or foreign frames of one transfer before the link is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,17 @@ class OpenLease:
     address: bytes
     """Transport address of the receiver."""
     first_block: int
-    """Logical blocks before this one are at the receiver already."""
+    """Logical blocks of the receiver before this one are there already."""
     max_message_bytes: int
+    layout: KvLayout
+    """Of the receiver's blocks."""
+    ticket: bytes = field(repr=False)
+    """See `ticket.py`."""
+
+    @property
+    def first_token(self) -> int:
+        """Positions before this one are at the receiver already."""
+        return self.first_block * self.layout.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,8 @@ class SendLease:
     layout: KvLayout
     state: SendState = SendState.COMPUTING
     lease: OpenLease | None = None
+    wire: WireFormat | None = None
+    """How the KV is written for that lease."""
     _ready: deque[Piece] = field(default_factory=deque)
     _resend: deque[KvMessage] = field(default_factory=deque)
     _numbered: list[KvMessage] = field(default_factory=list)
@@ -101,21 +112,21 @@ class SendLease:
     _record_sent: bool = False
 
     def ready(self, piece: Piece) -> None:
-        """KV of these layers of these blocks is written; joined to the piece before it if it can be."""
-        last = self._ready.pop() if self._ready else None
-        if last is not None and last.layer_start + last.layer_count == piece.layer_start:
-            same = (last.block_first, last.block_count) == (piece.block_first, piece.block_count)
-            if same:
-                layers = last.layer_count + piece.layer_count
-                piece = replace(last, layer_count=layers)
-                last = None
-        if last is not None:
-            self._ready.append(last)
-        self._ready.append(piece)
+        """KV of these layers of these tokens is written; joined to the piece before it if it can be."""
+        last = self._ready[-1] if self._ready else None
+        if last and last.layer_end == piece.layer_start and last.tokens == piece.tokens:
+            self._ready[-1] = replace(last, layer_count=last.layer_count + piece.layer_count)
+        else:
+            self._ready.append(piece)
 
     def open(self, lease: OpenLease) -> None:
-        """The decode worker granted the lease; a second grant is ignored."""
+        """The decode worker granted the lease; a second grant is ignored.
+
+        Raises:
+            LayoutMismatch: its blocks can't hold this KV.
+        """
         if self.lease is None and self.state is SendState.COMPUTING:
+            self.wire = WireFormat.between(self.layout, lease.layout)
             self.lease = lease
             self.state = SendState.SENDING
 
@@ -141,11 +152,11 @@ class SendLease:
 
     def next(self) -> Outgoing | None:
         """The next message to send now, or None when there is nothing to send yet."""
-        if self.state is not SendState.SENDING or self.lease is None:
+        if self.state is not SendState.SENDING or self.lease is None or self.wire is None:
             return None
         if self._resend:
             return self._resend.popleft()
-        piece = self._next_piece(self.lease)
+        piece = self._next_piece(self.lease, self.wire)
         if piece is not None:
             message = KvMessage(len(self._numbered), piece)
             self._numbered.append(message)
@@ -162,14 +173,13 @@ class SendLease:
         if self.state is SendState.SENDING and self._computed and nothing_due:
             self.state = SendState.SENT
 
-    def _next_piece(self, lease: OpenLease) -> Piece | None:
+    def _next_piece(self, lease: OpenLease, wire: WireFormat) -> Piece | None:
         while self._ready:
             head = self._ready.popleft()
-            end_block = head.block_first + head.block_count
             pieces = split(
-                self.layout,
-                range(head.layer_start, head.layer_start + head.layer_count),
-                range(max(head.block_first, lease.first_block), end_block),
+                wire,
+                range(head.layer_start, head.layer_end),
+                range(max(head.token_start, lease.first_token), head.tokens.stop),
                 lease.max_message_bytes - HEADER_SIZE,
             )
             if pieces:
@@ -222,14 +232,16 @@ class ReceiveLease:
 
     identity: LeaseId
     owed: int
-    """Blocks times layers that the sender has to send: those of the prompt that are not here yet."""
+    """Tokens times layers that the sender has to send: those of the prompt that are not here yet."""
     state: ReceiveState = ReceiveState.RESERVED
     resends: int = 0
     corrupt_frames: int = 0
+    foreign_frames: int = 0
+    """Whole, but not of this lease, tenant, model or prompt."""
     record_in_doubt: bool = False
-    """A corrupt frame came and no record since: that frame may have been the record."""
+    """A frame was refused and no record came since: it may have been the record, or stand in for it."""
     _received: dict[int, int] = field(default_factory=dict)
-    """Blocks times layers by message number."""
+    """Tokens times layers by message number."""
 
     def posted(self) -> None:
         """The first receive is posted: the sender may begin."""
@@ -237,7 +249,7 @@ class ReceiveLease:
         self.state = ReceiveState.RECEIVING
 
     def kv_message(self, number: int, size: int) -> Continue:
-        """Verified message `number` is written to the pool: `size` is its blocks times its layers.
+        """Verified message `number` is written to the pool: `size` is its tokens times its layers.
         A repeat changes nothing.
         """
         self._expect(ReceiveState.RECEIVING)
@@ -258,21 +270,24 @@ class ReceiveLease:
         # Counting messages is not enough: a sender that left a piece out would count without it.
         received = sum(self._received.values())
         if received != self.owed:
-            return Abandon(f"{received} layers of blocks came, the prompt has {self.owed}")
+            return Abandon(f"{received} layers of tokens came, the prompt has {self.owed}")
         self.state = ReceiveState.READY
         return Complete()
 
     def corrupt(self) -> Verdict:
-        """A frame failed its checks. Which one it was shows when the record comes."""
-        self._expect(ReceiveState.RECEIVING)
+        """A frame was damaged on its way. Which one it was shows when the record comes."""
         self.corrupt_frames += 1
-        self.record_in_doubt = True
-        if self.corrupt_frames > MAX_CORRUPT_FRAMES:
-            return Abandon(f"{self.corrupt_frames} corrupt frames")
-        return Continue()
+        return self._refused()
+
+    def foreign(self) -> Verdict:
+        """A frame is whole, but somebody else's. Ours may still come: one that a stranger slipped in must
+        not end the transfer, and a sender that mixed something up is asked again, then given up.
+        """
+        self.foreign_frames += 1
+        return self._refused()
 
     def quiet(self) -> Verdict:
-        """Nothing came for a while after a corrupt frame: it may have been the record."""
+        """Nothing came for a while after a refused frame: it may have been the record."""
         self._expect(ReceiveState.RECEIVING)
         self.record_in_doubt = False
         return self._ask(())
@@ -287,6 +302,15 @@ class ReceiveLease:
 
     def release(self) -> None:
         self.state = ReceiveState.RELEASED
+
+    def _refused(self) -> Verdict:
+        self._expect(ReceiveState.RECEIVING)
+        self.record_in_doubt = True
+        if self.corrupt_frames + self.foreign_frames > MAX_REFUSED_FRAMES:
+            return Abandon(
+                f"{self.corrupt_frames} corrupt and {self.foreign_frames} foreign frames"
+            )
+        return Continue()
 
     def _ask(self, numbers: tuple[int, ...]) -> Verdict:
         self.resends += 1

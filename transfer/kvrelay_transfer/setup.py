@@ -1,6 +1,9 @@
 """A worker's KV plane, started from its settings."""
 
+import dataclasses
+
 from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import LayoutMismatch
 from kvrelay_transfer.frames import HEADER_SIZE
 from kvrelay_transfer.kit import TransferKit
 from kvrelay_transfer.layout import KvLayout
@@ -37,7 +40,18 @@ async def make_kit(
 
 
 def layout_from_message(message: pb.KvLayout) -> KvLayout:
-    """The layout manifest of a hello."""
+    """The layout manifest of a hello or a lease.
+
+    Raises:
+        LayoutMismatch: it is none that blocks can have.
+    """
+    try:
+        return _layout(message)
+    except ValueError as error:
+        raise LayoutMismatch(f"kv_layout: {error}") from error
+
+
+def _layout(message: pb.KvLayout) -> KvLayout:
     return KvLayout(
         model_fingerprint=message.model_fingerprint,
         dtype=message.dtype,
@@ -46,4 +60,11 @@ def layout_from_message(message: pb.KvLayout) -> KvLayout:
         num_kv_heads=message.num_kv_heads,
         head_dim=message.head_dim,
         protocol_version=message.protocol_version,
+        tensor_parallel=max(1, message.tensor_parallel),
+        tensor_rank=message.tensor_rank,
     )
+
+
+def message_from_layout(layout: KvLayout) -> pb.KvLayout:
+    """The inverse, for a lease."""
+    return pb.KvLayout(**dataclasses.asdict(layout))

@@ -25,8 +25,9 @@ from kvrelay_protocol.trace import TraceContext
 from kvrelay_transfer.kit import TransferKit
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.lease import LeaseId, OpenLease
-from kvrelay_transfer.staging import StagingBuffers
-from kvrelay_transfer.transport import KVTransport
+from kvrelay_transfer.staging import StagingBuffers, page_aligned
+from kvrelay_transfer.ticket import new_ticket
+from kvrelay_transfer.transport import Buffer, KVTransport
 
 FIRST_TOKEN = 7
 """What every hand-over record says."""
@@ -99,23 +100,32 @@ class Side:
     pool: KVPool
     allocator: BlockAllocator
     epoch: int
+    random: torch.Generator
+    """Of what `refill` writes."""
+    staging_memory: list[Buffer]
+    """Of the staging buffers."""
 
     @classmethod
     async def start(
-        cls, shape: Shape, transport: KVTransport, *, staging_count: int = 2, seed: int = 0
+        cls, shape: Shape, transport: KVTransport, *, staging_count: int, seed: int = 0
     ) -> "Side":
-        """Start `transport`; `seed` decides what the blocks hold until something is received."""
+        """Start `transport`; `seed` decides what `refill` writes."""
         await transport.start()
-        staging = StagingBuffers(staging_count, shape.staging_bytes)
-        pool = shape.pool()
-        generator = torch.Generator().manual_seed(seed)
-        pool.tensor.view(torch.int16).random_(-(2**15), 2**15 - 1, generator=generator)
+        memory: list[Buffer] = []
+
+        def allocate(nbytes: int) -> Buffer:
+            memory.append(page_aligned(nbytes))
+            return memory[-1]
+
+        staging = StagingBuffers(staging_count, shape.staging_bytes, allocate)
         return cls(
             shape,
             TransferKit(transport, staging, shape.layout),
-            pool,
+            shape.pool(),
             BlockAllocator(shape.num_blocks, shape.block_size),
             secrets.randbits(64),
+            torch.Generator().manual_seed(seed),
+            memory,
         )
 
     def take(self, *, leased: bool) -> Allocation:
@@ -129,6 +139,14 @@ class Side:
             raise RuntimeError(f"{self.allocator.counts} have no {self.shape.blocks} blocks left")
         return allocation
 
+    def refill(self, allocation: Allocation) -> None:
+        """Let these blocks hold what none held before."""
+        words = self.pool.tensor.view(torch.int16)
+        shape = (*words.shape[:2], len(allocation.blocks), *words.shape[3:])
+        words[:, :, list(allocation.blocks)] = torch.randint(
+            -(2**15), 2**15 - 1, shape, generator=self.random, dtype=torch.int16
+        )
+
     def receiver(
         self,
         allocation: Allocation,
@@ -138,12 +156,15 @@ class Side:
         """A receiver into leased blocks; `on_granted` gets the lease once a receive is posted."""
         identity = LeaseId(secrets.token_bytes(16), self.epoch, allocation.generation)
         tag = secrets.randbits(64)
+        ticket, address = new_ticket(), self.kit.transport.address
         lease = OpenLease(
-            identity, tag, self.kit.transport.address, 0, self.kit.staging.nbytes
+            identity, tag, address, 0, self.kit.staging.nbytes, self.kit.layout, ticket
         )
         return KvReceiver(
             identity,
+            ticket=ticket,
             tag=tag,
+            spec=self._spec,
             prompt_blocks=allocation.blocks,
             first_block=0,
             kit=self.kit,
@@ -156,16 +177,19 @@ class Side:
 
     def sender(self, allocation: Allocation) -> KvSender:
         """A sender of blocks that are computed already."""
-        tokens = tuple(range(self.shape.blocks * self.shape.block_size))
-        spec = SequenceSpec(
-            1, "chaos", tokens, 0, 1, frozenset(), SamplingParams(), self.shape.deadline_s
-        )
         sender = KvSender(
-            spec, self.kit, self.pool, lease_s=self.shape.lease_s, on_sent=lambda _: None
+            self._spec, self.kit, self.pool, lease_s=self.shape.lease_s, on_sent=lambda _: None
         )
         sender.admitted(allocation.blocks, self.shape.blocks, _TRACE)
         sender.computed(FirstOutput(token=FIRST_TOKEN, cached_tokens=0))
         return sender
+
+    @property
+    def _spec(self) -> SequenceSpec:
+        tokens = tuple(range(self.shape.blocks * self.shape.block_size))
+        return SequenceSpec(
+            1, "chaos", tokens, 0, 1, frozenset(), SamplingParams(), self.shape.deadline_s
+        )
 
     def digest(self, allocation: Allocation) -> str:
         """Of the content of these blocks in all layers, in their order."""
