@@ -83,7 +83,8 @@ class FakeRouter(rpc.FleetServicer):
 
         reader = asyncio.create_task(read())
         try:
-            await context.write(self.answer)
+            if self.answer is not None:
+                await context.write(self.answer)
             while (message := await session.said.next()) is not None:
                 for written in self.change(message):
                     await context.write(written)

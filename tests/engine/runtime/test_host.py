@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from kvrelay_engine.batch import Batch, SequenceSlice, StepResult
+from kvrelay_engine.runtime import host as host_module
 from kvrelay_engine.runtime.config import WorkerConfig
 from kvrelay_engine.runtime.host import Advertisement, WorkerHost
 from kvrelay_engine.runtime.startup import Phases
 from kvrelay_engine.runtime.step_loop import LoadSnapshot
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import EngineFailed, StartupError
+
+from .conftest import FakeRouter
 
 NOTHING = LoadSnapshot(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 BATCH = Batch((SequenceSlice(1, (5,), 0, (0,), None),))
@@ -94,12 +97,12 @@ class Scheduler:
 class Process:
     """One host on the test's loop."""
 
-    def __init__(self, router, tmp_path, *, step=lambda _: StepResult({}), grace_s=60.0):
+    def __init__(self, *routers, folder, step=lambda _: StepResult({}), grace_s=60.0):
         config = WorkerConfig(
             name="w",
-            model_dir=tmp_path,
+            model_dir=folder,
             model_name="m",
-            router=f"127.0.0.1:{router.port}",
+            router=",".join(f"127.0.0.1:{router.port}" for router in routers),
             drain_grace_s=grace_s,
         )
         self.host = WorkerHost(config, SimpleNamespace(max_model_len=10), Phases())
@@ -114,19 +117,20 @@ class Process:
         await asyncio.wait_for(self.task, 30)
 
 
-SUBMIT = pb.RouterMessage(submit_decode=pb.SubmitDecode())
+def submit():
+    return pb.RouterMessage(submit_decode=pb.SubmitDecode())
 
 
 async def with_work(router, process, until):
     await until(lambda: router.sessions)
-    router.sessions[-1].say(SUBMIT)
+    router.sessions[-1].say(submit())
     await until(lambda: process.worker.open)
 
 
 async def test_a_drain_says_so_finishes_what_runs_and_delivers_the_last_word(
     router, tmp_path, until
 ):
-    process = Process(router, tmp_path)
+    process = Process(router, folder=tmp_path)
     await with_work(router, process, until)
     process.shutdown.set()
     await until(lambda: "drained" in router.sessions[0].kinds())
@@ -138,14 +142,14 @@ async def test_a_drain_says_so_finishes_what_runs_and_delivers_the_last_word(
 
 
 async def test_the_routers_drain_message_is_a_shutdown(router, tmp_path, until):
-    process = Process(router, tmp_path)
+    process = Process(router, folder=tmp_path)
     await until(lambda: router.sessions)
     router.sessions[-1].say(pb.RouterMessage(drain=pb.Drain()))
     await process.ended()
 
 
 async def test_a_drain_ends_with_its_grace(router, tmp_path, until):
-    process = Process(router, tmp_path, grace_s=0.05)
+    process = Process(router, folder=tmp_path, grace_s=0.05)
     await with_work(router, process, until)
     process.shutdown.set()
     await process.ended()
@@ -153,7 +157,7 @@ async def test_a_drain_ends_with_its_grace(router, tmp_path, until):
 
 
 async def test_a_drain_without_a_router_ends(router, tmp_path, until):
-    process = Process(router, tmp_path)
+    process = Process(router, folder=tmp_path)
     await with_work(router, process, until)
     await router.stop()
     process.shutdown.set()
@@ -162,7 +166,7 @@ async def test_a_drain_without_a_router_ends(router, tmp_path, until):
 
 
 async def test_a_router_that_starts_during_a_drain_is_told_of_it(router, tmp_path, until):
-    process = Process(router, tmp_path)
+    process = Process(router, folder=tmp_path)
     await with_work(router, process, until)
     process.worker.drop = lambda session, reason: None  # what runs belongs to another router
     process.shutdown.set()
@@ -177,7 +181,7 @@ async def test_a_router_that_starts_during_a_drain_is_told_of_it(router, tmp_pat
 async def test_a_lost_router_drops_every_sequence_and_the_next_one_is_joined(
     router, tmp_path, until
 ):
-    process = Process(router, tmp_path)
+    process = Process(router, folder=tmp_path)
     await with_work(router, process, until)
     router.sessions[0].end()
     await until(lambda: process.worker.dropped == ["the router is gone"])
@@ -196,7 +200,7 @@ def _fail(_):
 async def test_an_engine_that_fails_ends_the_process_with_its_reason(
     router, tmp_path, until, draining
 ):
-    process = Process(router, tmp_path, step=_fail)
+    process = Process(router, folder=tmp_path, step=_fail)
     await with_work(router, process, until)
     if draining:
         process.shutdown.set()
@@ -211,4 +215,116 @@ async def test_a_refused_worker_ends_with_the_routers_reason(router, tmp_path):
     error = pb.Error(code="layout_mismatch", message="block_size: 16 here, 32 there")
     router.answer = pb.RouterMessage(refused=pb.Refused(error=error))
     with pytest.raises(StartupError, match="block_size: 16 here, 32 there"):
-        await Process(router, tmp_path).ended()
+        await Process(router, folder=tmp_path).ended()
+
+
+# ---- several routers
+
+
+@pytest.fixture
+async def other():
+    made = FakeRouter()
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def test_every_router_is_joined_and_told_of_a_drain(router, other, tmp_path, until):
+    process = Process(router, other, folder=tmp_path)
+    await with_work(router, process, until)
+    other.sessions[-1].say(submit())
+    await until(lambda: process.worker.open == 2)
+    process.shutdown.set()
+    for one in (router, other):
+        await until(lambda one=one: "drained" in one.sessions[0].kinds())
+    process.worker.finish()
+    await until(lambda: router.sessions[0].kinds().count("step_output") == LAST_WORDS)
+    assert not process.task.done()
+    assert "step_output" not in other.sessions[0].kinds()
+    process.worker.finish()
+    await process.ended()
+    assert other.sessions[0].kinds() == ["hello", "drained", *["step_output"] * LAST_WORDS]
+
+
+async def test_a_lost_router_costs_the_others_nothing(router, other, tmp_path, until):
+    process = Process(router, other, folder=tmp_path)
+    await with_work(router, process, until)
+    other.sessions[-1].say(submit())
+    await until(lambda: process.worker.open == 2)
+    mine, theirs = process.worker.sessions
+    await other.stop()
+    await until(lambda: process.worker.dropped)
+    assert process.worker.sessions == [mine]
+    await other.start()
+    await until(lambda: len(other.sessions) == 2)
+    # What is said for a session that is over reaches nobody, least of all the next one.
+    process.host.send(pb.WorkerMessage(step_output=pb.StepOutput()), theirs)
+    other.sessions[-1].say(submit())
+    await until(lambda: process.worker.open == 2)
+    process.worker.sessions.reverse()
+    process.worker.finish()
+    await until(lambda: other.sessions[1].kinds().count("step_output") == LAST_WORDS)
+    assert len(router.sessions) == 1
+    process.worker.finish()
+    process.shutdown.set()
+    await process.ended()
+    assert other.sessions[1].kinds().count("step_output") == LAST_WORDS
+
+
+async def test_a_router_that_is_not_there_keeps_nobody_from_the_others(
+    router, other, tmp_path, until
+):
+    await other.stop()
+    process = Process(other, router, folder=tmp_path)
+    await with_work(router, process, until)
+    process.worker.finish()
+    process.shutdown.set()
+    await process.ended()
+
+
+async def test_one_router_that_refuses_is_no_end_and_is_asked_again(
+    router, other, tmp_path, until, monkeypatch
+):
+    monkeypatch.setattr(host_module, "REFUSED_S", 0.01)
+    welcome = other.answer
+    other.answer = pb.RouterMessage(refused=pb.Refused(error=pb.Error(code="x", message="y")))
+    process = Process(router, other, folder=tmp_path)
+    await until(lambda: len(other.sessions) > 2)
+    await with_work(router, process, until)
+    other.answer = welcome
+    await until(lambda: other.sessions[-1].received[-1].HasField("heartbeat"))
+    other.answer = router.answer = pb.RouterMessage(refused=other_refusal())
+    for one in (router, other):
+        one.sessions[-1].end()
+    with pytest.raises(StartupError, match="refused"):
+        await process.ended()
+
+
+def other_refusal():
+    return pb.Refused(error=pb.Error(code="invalid_api_key", message="join_token"))
+
+
+async def test_a_pulse_reaches_the_worker_and_its_answer_the_next_heartbeat(
+    router, other, tmp_path, until
+):
+    process = Process(router, other, folder=tmp_path)
+    await until(lambda: router.sessions and other.sessions)
+    process.worker.unknown = [7]
+    router.sessions[0].live = [6, 7]
+    await until(
+        lambda: any(list(m.heartbeat.unknown) == [7] for m in router.sessions[0].received),
+    )
+    await until(lambda: any(live == [6, 7] for _, live in process.worker.pulses))
+    by_session = dict(process.worker.pulses)
+    assert len(by_session) == 2, "each router's pulse comes with its own session"
+    process.shutdown.set()
+    await process.ended()
+
+
+async def test_a_load_says_what_was_noticed_of_the_streams(router, tmp_path, until):
+    process = Process(router, folder=tmp_path)
+    await until(lambda: router.sessions)
+    router.change = lambda message: [message, message]
+    await until(lambda: router.sessions[0].received[-1].heartbeat.load.repeated_messages)
+    process.shutdown.set()
+    await process.ended()

@@ -9,6 +9,8 @@ from kvrelay_engine.runtime.join import JoinLink
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import StartupError
 
+from .conftest import WELCOME
+
 
 class Handler:
     """Writes down what the link tells it."""
@@ -39,6 +41,10 @@ async def link(router):
     yield made
     made.task.cancel()
     await asyncio.gather(made.task, return_exceptions=True)
+
+
+def cancel(number):
+    return pb.RouterMessage(cancel=pb.Cancel(sequence_id=number))
 
 
 def failure(number):
@@ -142,3 +148,121 @@ async def test_a_cancel_ends_the_link_in_any_state(router):
         task.cancel()
         await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 20)
         assert task.cancelled()
+
+
+@pytest.fixture
+def no_heartbeats(router):
+    """For links made after it: every numbered message is a test's own."""
+    welcome = pb.Welcome(router_id="r", heartbeat_seconds=60.0)
+    router.answer = pb.RouterMessage(welcome=welcome)
+
+
+def changed(fault):
+    """Applies `fault` to the second message of a session's numbered ones; the rest passes."""
+    later = []
+
+    def change(message):
+        if message.number == 2:
+            return fault(message, later)
+        return [message, *(later.pop() for _ in later[:])]
+
+    return change
+
+
+def dropped(message, later):
+    return []
+
+
+def reordered(message, later):
+    later.append(message)
+    return []
+
+
+@pytest.mark.parametrize("fault", [dropped, reordered])
+async def test_a_message_that_is_missing_ends_the_session_and_a_new_one_is_whole(
+    router, no_heartbeats, link, until, fault
+):
+    await link.joined.wait()
+    router.change = changed(fault)
+    session = router.sessions[0]
+    for number in (1, 2):
+        session.say(cancel(number))
+        await until(lambda: not len(session.said))  # so that each is written alone
+    session.say(cancel(3))
+    await until(lambda: "disconnected" in link.handler.told)
+    router.change = lambda message: [message]
+    await until(lambda: link.handler.told[-1] == "joined")
+    assert link.handler.told == ["joined", "cancel", "disconnected", "joined"]
+    assert (link.faults.missing, link.faults.repeated) == (1, 0)
+    router.sessions[-1].say(cancel(1))
+    await until(lambda: link.handler.told[-1] == "cancel")
+    assert link.handler.sessions == [0, 1]
+
+
+async def test_a_message_that_comes_twice_is_obeyed_once_and_counted(
+    router, no_heartbeats, link, until
+):
+    await link.joined.wait()
+    router.change = changed(lambda message, _: [message, message])
+    session = router.sessions[0]
+    for number in range(1, 4):
+        session.say(cancel(number))
+        await until(lambda n=number: link.handler.told.count("cancel") == n)
+    assert link.handler.told == ["joined", *["cancel"] * 3]
+    assert (link.faults.missing, link.faults.repeated) == (0, 1)
+
+
+async def test_a_router_that_says_nothing_is_given_up_though_its_connection_stands(
+    router, link, until, monkeypatch
+):
+    monkeypatch.setattr(join, "MIN_SILENCE_S", 1.5)
+    await link.joined.wait()
+    router.change = lambda message: []
+    await until(lambda: link.faults.silent)
+    await until(lambda: "disconnected" in link.handler.told)
+    router.change = lambda message: [message]
+    await until(lambda: link.handler.told[-1] == "joined")
+
+
+async def test_a_router_that_never_answers_the_hello_is_dialled_again(router, until, monkeypatch):
+    monkeypatch.setattr(join, "MIN_SILENCE_S", 1.5)
+    router.answer = None
+    link = JoinLink(f"127.0.0.1:{router.port}", Handler(), heartbeat_s=0.01)
+    task = asyncio.create_task(link.run(lambda: None))
+    await until(lambda: len(router.sessions) > 1)
+    router.answer = WELCOME
+    await until(link.joined.is_set)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_silence_starts_at_three_seconds_and_at_three_pulses():
+    assert JoinLink("r:1", Handler(), heartbeat_s=0.5).silence_limit_s == 3.0
+    assert JoinLink("r:1", Handler(), heartbeat_s=2.0).silence_limit_s == 6.0
+
+
+async def test_a_worker_that_slept_does_not_blame_its_router(router, link, until, monkeypatch):
+    await link.joined.wait()
+    loop = asyncio.get_running_loop()
+    slept = 0.0
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + slept, raising=False)
+    for _ in range(3):
+        pulses = len(router.sessions[0].received)
+        slept += 60.0  # as a stopped process finds its clock
+        await until(lambda n=pulses: len(router.sessions[0].received) > n)
+    assert link.faults.silent == 0
+    assert link.handler.told == ["joined"]
+
+
+async def test_a_first_message_that_is_no_answer_to_the_hello_ends_the_session(
+    router, until, caplog
+):
+    router.answer = cancel(1)
+    handler = Handler()
+    link = JoinLink(f"127.0.0.1:{router.port}", handler, heartbeat_s=0.01)
+    task = asyncio.create_task(link.run(lambda: None))
+    await until(lambda: len(router.sessions) > 2)
+    assert handler.told == []
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
