@@ -105,7 +105,11 @@ class RouterMetrics:
         )
         self.prefill_time = histogram("request_prefill_time_seconds", "Computing the prompt.")
         self.decode_time = histogram("request_decode_time_seconds", "First to last output token.")
-        self.kv_bytes = counter("kv_transfer_bytes", "KV bytes received by decode workers.")
+        self.kv_bytes = counter(
+            "kv_transfer_bytes",
+            "KV bytes received by decode workers, by what carried them.",
+            ("transport",),
+        )
         self.kv_time = histogram(
             "kv_transfer_seconds",
             "Sending the KV of a prompt, summed over its messages.",
@@ -152,6 +156,10 @@ class RouterMetrics:
             "prefix_cache_hits": counter("prefix_cache_hits", "Prompt tokens found there."),
             "preemptions": counter("num_preemptions", "Sequences preempted for want of blocks."),
             "corrupt_frames": counter("kv_corrupt_frames", "KV frames that failed their digest."),
+            "foreign_frames": counter(
+                "kv_foreign_frames",
+                "Whole KV frames of another lease, tenant, model or prompt.",
+            ),
             "expired_leases": counter("kv_expired_leases", "KV leases that expired unused."),
             "let_go": counter("sequences_let_go", "Sequences that their router had no more."),
             "repeated_messages": self._join_faults.labels("down", "repeated"),
@@ -171,8 +179,8 @@ class RouterMetrics:
         if replay_cause is not None:
             self.replays.labels(replay_cause).inc()
 
-    def kv_received(self, size: int, seconds: float) -> None:
-        self.kv_bytes.inc(size)
+    def kv_received(self, size: int, seconds: float, transport: str) -> None:
+        self.kv_bytes.labels(transport).inc(size)
         self.kv_time.observe(seconds)
 
     def finished(self, reason: FinishReason, stats: RequestStats) -> None:

@@ -21,13 +21,12 @@ MIN_SILENCE_S = 3.0
 MISSED_HEARTBEATS = 3
 LAYOUT_FIELDS = (
     "model_fingerprint",
-    "dtype",
-    "block_size",
     "num_layers",
     "num_kv_heads",
     "head_dim",
     "protocol_version",
 )
+"""What two workers must have in common to exchange KV."""
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +185,21 @@ class WorkerRegistry:
             for field in LAYOUT_FIELDS:
                 mine, theirs = getattr(hello.kv_layout, field), getattr(link.kv_layout, field)
                 _same(f"kv_layout.{field}", mine, theirs, link.name)
-            break  # all that joined are equal
+            _note_dtype(hello, link)
+            break  # all that joined are equal in these
+
+
+def _note_dtype(hello: pb.Hello, link: WorkerLink) -> None:
+    """Workers of two dtypes exchange KV, but an answer then depends on which of them gave it."""
+    mine, theirs = hello.kv_layout.dtype, link.kv_layout.dtype
+    if mine != theirs:
+        logger.warning(
+            "worker %s computes in %s, %s in %s: an answer that moves between them is not exact",
+            hello.worker_name,
+            mine,
+            link.name,
+            theirs,
+        )
 
 
 def _same(field: str, worker: object, other: object, whose: str) -> None:

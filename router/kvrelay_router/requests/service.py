@@ -296,7 +296,7 @@ class RouterService:
         ):
             self._schedule_pump()
         if isinstance(event, events.KvReceived):
-            self._metrics.kv_received(event.bytes, event.seconds)
+            self._metrics.kv_received(event.bytes, event.seconds, event.transport)
         self._feed(flight, event)
 
     # ---- the shell

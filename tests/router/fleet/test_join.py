@@ -104,8 +104,8 @@ def _set(**fields: object) -> Callable[[pb.Hello], None]:
         (_set(protocol_version=1), "layout_mismatch", ["protocol_version", "1", "3"]),
         (_set(model="other"), "layout_mismatch", ["model", "'other'", "'demo'"]),
         (_set(transport="ucx"), "layout_mismatch", ["transport", "'ucx'", "'inproc'", "d0"]),
-        (_set(kv_dtype="bfloat16"), "layout_mismatch", ["kv_layout.dtype", "bfloat16", "float32"]),
-        (_set(kv_block_size=32), "layout_mismatch", ["kv_layout.block_size", "32", "16", "d0"]),
+        (_set(kv_num_layers=9), "layout_mismatch", ["kv_layout.num_layers", "9", "2", "d0"]),
+        (_set(kv_protocol_version=2), "layout_mismatch", ["kv_layout.protocol_version", "2", "1"]),
         (_set(kv_model_fingerprint="x"), "layout_mismatch", ["model_fingerprint", "'x'", "'fake'"]),
         (_set(worker_name=""), "invalid_value", ["worker_name"]),
         (_set(worker_name="n" * 129), "invalid_value", ["worker_name"]),
@@ -127,6 +127,19 @@ async def test_unfit_worker_is_refused_with_the_field_and_both_values(
             assert "sesame" not in odd.refused.message
             await asyncio.wait_for(odd.closed.wait(), 5)
         assert [link.name for link in fleet.registry.links] == ["d0"]
+
+
+async def test_workers_of_other_blocks_and_dtypes_are_let_in_and_the_dtypes_are_noted(
+    fleet, caplog
+) -> None:
+    async with fleet.worker("d0", change_hello=token):
+        async with fleet.worker("p0", "prefill", change_hello=_set(kv_block_size=32)) as worker:
+            assert worker.refused is None
+        assert not [r for r in caplog.records if "not exact" in r.message]
+        async with fleet.worker("p1", "prefill", change_hello=_set(kv_dtype="bfloat16")) as worker:
+            assert worker.refused is None
+    (noted,) = [r.message for r in caplog.records if "not exact" in r.message]
+    assert "p1 computes in bfloat16, d0 in float32" in noted
 
 
 async def test_layout_may_change_once_everybody_has_left(fleet) -> None:
