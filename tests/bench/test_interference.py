@@ -4,6 +4,7 @@ import json
 
 import pytest
 from http_stack import MODEL, http_stack
+from tiny_models import tiny_model
 
 from kvrelay.cli.settings import resolve
 from kvrelay_bench.interference.command import COMMAND
@@ -135,9 +136,17 @@ async def test_rounds_on_real_workers_take_turns_and_are_written(tmp_path, capsy
     plan = plan_of(values)
     assert plan == Plan(2, 8, 0.2, 2, 0.2, 100, 2)
     parties = contenders(2, values.chunk)
-    async with http_stack() as split, http_stack(prefill=0) as whole:
+    # Streams that outlast a round on any machine.
+    long = 20_000
+    model = tiny_model("llama3", max_position_embeddings=long)
+    pool = {"kv_memory_bytes": 64 * 2**20}
+    settings = {"prefill_settings": pool, "decode_settings": pool}
+    async with (
+        http_stack(model, **settings) as split,
+        http_stack(model, prefill=0, **settings) as whole,
+    ):
         for party, url in zip(parties, (split, whole), strict=True):
-            party.target = Target(url, MODEL, 2048, 256)
+            party.target = Target(url, MODEL, long, 256)
         assert not await measure(values, plan, parties)
     for party in parties:
         assert len(party.rounds) == 2
@@ -165,9 +174,9 @@ async def test_rounds_on_real_workers_take_turns_and_are_written(tmp_path, capsy
 
 async def test_a_stream_that_ends_early_is_said():
     async with http_stack(prefill=0) as url:
-        # A context that ends the streams after a few hundred tokens of theirs.
-        plan = Plan(1, 8, 0.1, 1, 3.0, 10, 1)
-        result = await run_round(Target(url, MODEL, 40, 256), plan, 0)
+        # A context that ends the stream at 1000 tokens, beside a later answer of 1300 in the same steps.
+        plan = Plan(1, 8, 0.1, 1, 0.1, 10, 1300)
+        result = await run_round(Target(url, MODEL, 1008, 256), plan, 0)
     assert any("in the middle" in problem for problem in result.problems)
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 
+import psutil
 import pytest
 import torch
 
@@ -58,16 +59,17 @@ def test_a_probe_that_fails_says_why(monkeypatch):
 
 
 def test_other_processes_show_as_foreign_and_our_own_do_not():
-    busy = BusyCores()
+    busy, began = BusyCores(), time.monotonic()
     spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        time.sleep(0.5)
+        while psutil.Process(spin.pid).cpu_times().user < 0.2:
+            time.sleep(0.02)
     finally:
         spin.kill()
         spin.wait()
-    every_core = 0.5 * (os.cpu_count() or 1)
     assert 0.0 < busy.foreign_share(0.0) <= 1.0
-    assert busy.foreign_share(2 * every_core) == 0.0
+    every_core = (time.monotonic() - began) * (os.cpu_count() or 1)
+    assert busy.foreign_share(10 * every_core) == 0.0
 
 
 def test_limits_are_described_with_their_threads():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from http_stack import http_stack
+from tiny_models import tiny_model
 
 from kvrelay.cli.settings import resolve
 from kvrelay_bench.serve.client import Answer, CompletionClient, Outcome
@@ -307,6 +308,8 @@ async def raw_server(*replies):
         await asyncio.sleep(0)  # closed connections are taken off the loop in its next turn
 
 
+LONG = 20_000
+"""Tokens that outlast a test on any machine."""
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -451,16 +454,28 @@ def _most_at_once(run):
 
 async def test_an_interrupted_run_keeps_what_had_ended_and_the_server_forgets_the_rest():
     stop = asyncio.Event()
-    async with http_stack(prefill=0) as url:
-        client = CompletionClient(url)
+
+    class StoppingClient(CompletionClient):
+        """Interrupts the run when the three short answers are there."""
+
+        answers = 0
+
+        async def complete(self, body, answer=None):
+            given = await super().complete(body, answer)
+            self.answers += 1
+            if self.answers == 3:
+                stop.set()
+            return given
+
+    # The fourth answer lasts far longer than the others, and the fifth is never asked for.
+    async with http_stack(tiny_model("llama3", max_position_embeddings=LONG), prefill=0) as url:
+        client = StoppingClient(url)
         prompts = Prompts(256)
 
         def encode(request):
-            if request.number == 3:
-                asyncio.get_running_loop().call_later(0.5, stop.set)
             return completion_body("tiny", prompts.tokens(request), request.output_tokens)
 
-        requests = [PlannedRequest(i, 0.0 if i < 4 else 60.0, 8, 1500 if i == 3 else 2)
+        requests = [PlannedRequest(i, 0.0 if i < 4 else 600.0, 8, LONG - 8 if i == 3 else 2)
                     for i in range(5)]  # fmt: skip
         run = await Load(client, encode, stop=stop).open_loop(requests)
         client.close()

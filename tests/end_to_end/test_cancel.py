@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from pathlib import Path
 
 import pytest
 from local_stack import Answer, Stack, local_stack
@@ -13,6 +14,12 @@ from kvrelay_router.requests.types import Failed, Finished, PathKind, Tokens
 
 STREAMS = 64
 NEW_TOKENS = 24
+LONG = 19_000
+"""Tokens of an answer that no machine finishes before what ends it."""
+
+
+def long_model() -> Path:
+    return tiny_model("llama3", max_position_embeddings=LONG + 1000)
 
 
 async def _cancel_at_once(stack: Stack, prompt: list[int]) -> Answer:
@@ -82,16 +89,16 @@ async def test_half_of_64_streams_cancelled_at_random_points(transport, seed):
 
 
 async def test_a_deadline_ends_the_stream_in_a_typed_error_and_frees_both_pools():
-    async with local_stack(tiny_model("llama3")) as stack:
-        answer = await stack.answer(random_prompt(40), 900, deadline_s=0.3)
+    async with local_stack(long_model()) as stack:
+        answer = await stack.answer(random_prompt(40), LONG, deadline_s=0.3)
         assert isinstance(answer.end, Failed)
         assert isinstance(answer.end.error, DeadlineExceeded)
         await stack.idle_pools()
 
 
 async def test_stopping_early_is_a_normal_end():
-    async with local_stack(tiny_model("llama3")) as stack:
-        stream = stack.submit(random_prompt(40), 500)
+    async with local_stack(long_model()) as stack:
+        stream = stack.submit(random_prompt(40), LONG)
         events = []
         async for event in stream:
             events.append(event)

@@ -68,5 +68,7 @@ async def test_answers_are_exact_under_preemption(family, path):
     ) as stack:
         answers = await asyncio.gather(*(stack.answer(p, 60, path=path) for p in prompts))
         assert [a.tokens for a in answers] == expected
-        scheduler_load = stack.core.registry.links
-        assert any(link.load.preemptions > 0 for link in scheduler_load), "nothing was preempted"
+        # In a report of its own; a pool of 20 blocks can't hold two thirds of them to their end.
+        async with asyncio.timeout(60):
+            while not any(link.load.preemptions for link in stack.core.registry.links):
+                await asyncio.sleep(0.02)

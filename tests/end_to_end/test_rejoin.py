@@ -11,7 +11,7 @@ SETTINGS = {"max_batch_tokens": 32, "num_blocks": 80}
 
 
 async def _until(condition):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 

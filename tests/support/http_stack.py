@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from local_stack import local_stack
@@ -18,9 +19,9 @@ MODEL = "tiny"
 
 
 @contextlib.asynccontextmanager
-async def http_stack(**options: Any) -> AsyncIterator[str]:
+async def http_stack(folder: Path | None = None, **options: Any) -> AsyncIterator[str]:
     """The base URL of a stack that serves a tiny Llama as `MODEL`; options are `local_stack`'s."""
-    folder = tiny_model("llama3")
+    folder = folder or tiny_model("llama3")
     async with local_stack(folder, **options) as stack:
         model = load_served_model(folder, MODEL)
         app = create_app(stack.core.service, model, stack.core.config, CollectorRegistry())

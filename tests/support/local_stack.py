@@ -27,6 +27,9 @@ from kvrelay_router.requests.types import (
 )
 
 GREEDY = SamplingParams(temperature=0.0)
+PATIENT_S = 60.0
+"""Of waits that end in a fault: a machine that stands still for a while causes none. A test that is
+about such a wait sets its own."""
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Stack:
             transport=self.transport,
             threads=1,
             heartbeat_s=0.1,
+            lease_s=PATIENT_S,
         )
         config = replace(defaults, **settings)
         phases = Phases()
@@ -92,7 +96,7 @@ class Stack:
         shutdown = asyncio.Event()
         task = asyncio.create_task(serve(config, engine, phases, shutdown))
         self.workers[name] = Worker(name, engine, task, shutdown)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while name not in {w.name for w in self.core.service.health().workers}:
                 if task.done():
                     task.result()
@@ -107,7 +111,7 @@ class Stack:
         sampling: SamplingParams = GREEDY,
         stop: frozenset[int] = frozenset(),
         path: PathKind | None = None,
-        deadline_s: float = 60.0,
+        deadline_s: float = 240.0,
         salt: bytes = b"",
     ) -> RequestStream:
         return self.core.service.submit(
@@ -127,17 +131,22 @@ class Stack:
     async def answer(self, prompt: list[int], max_tokens: int, **options: object) -> Answer:
         return Answer([event async for event in self.submit(prompt, max_tokens, **options)])
 
-    async def idle_pools(self, timeout_s: float = 5.0) -> list[WorkerView]:
-        """Wait until every block of every pool is free or cached, and check the allocators."""
+    async def idle_pools(self, timeout_s: float = 60.0) -> list[WorkerView]:
+        """Wait until every block of every pool is free or cached and reported so; check the allocators."""
         async with asyncio.timeout(timeout_s):
-            while True:
-                workers = self.core.service.health().workers
-                if all(w.free_blocks + w.cached_blocks == w.total_blocks for w in workers):
-                    break
-                await asyncio.sleep(0.05)
+            while not self._idle():
+                await asyncio.sleep(0.02)
         for worker in self.workers.values():
             worker.engine.allocator.check_integrity()
-        return list(workers)
+        return list(self.core.service.health().workers)
+
+    def _idle(self) -> bool:
+        # Reports may be older than the last request.
+        counts = [worker.engine.allocator.counts for worker in self.workers.values()]
+        return all(c.free + c.cached == c.total for c in counts) and all(
+            w.free_blocks + w.cached_blocks == w.total_blocks and not (w.running or w.waiting)
+            for w in self.core.service.health().workers
+        )
 
 
 @contextlib.asynccontextmanager
@@ -152,7 +161,15 @@ async def local_stack(
     **router: object,
 ) -> AsyncIterator[Stack]:
     """Router and workers, stopped and checked for leaks at the end."""
-    config = RouterConfig(model_dir=model_dir, model_name="tiny", join_port=0, heartbeat_s=0.1)
+    config = RouterConfig(
+        model_dir=model_dir,
+        model_name="tiny",
+        join_port=0,
+        heartbeat_s=0.1,
+        queue_timeout_s=2 * PATIENT_S,
+        replay_wait_s=PATIENT_S,
+        lease_s=PATIENT_S,
+    )
     stack = Stack(model_dir, replace(config, **router), transport)
     await stack.core.start()
     try:

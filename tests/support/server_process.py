@@ -4,7 +4,6 @@ import contextlib
 import http.server
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,13 +19,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+from ports import free_ports
 
 
 class Server:
@@ -35,14 +28,17 @@ class Server:
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path):
         self.process, self.port, self.log = process, port, log
         self.url = f"http://127.0.0.1:{port}"
+        self.pids: set[int] = set()
+        """Of the workers that a test has asked for."""
 
     def worker_pid(self, name: str) -> int:
         """Pid of a worker by its name, waiting for it to exist."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     if any(arg.endswith(name) for arg in child.cmdline()):
+                        self.pids.add(child.pid)
                         return child.pid
             time.sleep(0.05)
         raise AssertionError(f"no process of {name}; log:\n{self.log.read_text()}")
@@ -54,7 +50,7 @@ class Server:
         body: list[dict[str, object]] = httpx.get(f"{self.url}/health?verbose").json()["workers"]
         return body
 
-    def wait(self, condition, timeout_s: float = 30.0) -> None:
+    def wait(self, condition, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
@@ -83,9 +79,10 @@ def running_server(
     environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """Start `kvrelay up`, wait until it is ready, stop it by SIGINT and check its exit code."""
-    port, log = free_port(), Path(tempfile.mkstemp(prefix="kvrelay-up-", suffix=".log")[1])
+    port, join_port = free_ports(2)
+    log = Path(tempfile.mkstemp(prefix="kvrelay-up-", suffix=".log")[1])
     command = [sys.executable, "-m", "kvrelay.cli", "up", *([str(model)] if model else [])]
-    command += ["--port", str(port), "--join-port", str(free_port()), "--threads", "1", *flags]
+    command += ["--port", str(port), "--join-port", str(join_port), "--threads", "1", *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -96,16 +93,12 @@ def running_server(
         )
     server = Server(process, port, log)
     try:
-        server.wait(
-            lambda: (
-                httpx.get(f"{server.url}/health").status_code == 200 and len(server.workers()) >= 2
-            ),
-            timeout_s=90,
-        )
+        # Its own word for it: what the router says may be some moments old before `up` has seen it.
+        server.wait(lambda: "curl " in log.read_text(), timeout_s=200)
         yield server
         if process.poll() is None:  # a test may have stopped it itself
             process.send_signal(signal.SIGINT)
-            assert process.wait(40) == 0, log.read_text()
+            assert process.wait(100) == 0, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()

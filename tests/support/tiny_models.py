@@ -94,11 +94,13 @@ def build_tiny_model(
 
 
 @functools.cache
-def tiny_model(family: str, *, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Path:
+def tiny_model(
+    family: str, *, vocab_size: int = VOCAB_SIZE, seed: int = 0, **overrides: Any
+) -> Path:
     """A tiny model built once a test process; its folder goes when the process does."""
     folder = tempfile.mkdtemp(prefix=f"kvrelay-tiny-{family}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return build_tiny_model(family, Path(folder), vocab_size=vocab_size, seed=seed)
+    return build_tiny_model(family, Path(folder), vocab_size=vocab_size, seed=seed, **overrides)
 
 
 def tiny_tokenizer() -> Any:

@@ -13,9 +13,10 @@ import time
 
 import httpx
 import pytest
+from ports import free_ports
 from scripted_service import write_model_folder
 
-from kvrelay_infra.host import accepts_connections, free_port
+from kvrelay_infra.host import accepts_connections
 from kvrelay_protocol.errors import PortInUse, UsageError
 from kvrelay_router.http.server import MAX_HEAD_BYTES, EdgeProtocol, check_tls, listen
 
@@ -244,7 +245,7 @@ def test_a_client_that_never_finishes_its_request_is_disconnected(live, monkeypa
 
 
 def test_a_supervised_router_prints_its_phases_and_nothing_else(start):
-    process = start(supervised=True, port=(port := free_port("127.0.0.1")))
+    process = start(supervised=True, port=(port := free_ports(1)[0]))
     give_up = time.monotonic() + 60
     while not accepts_connections("127.0.0.1", port):
         assert time.monotonic() < give_up
