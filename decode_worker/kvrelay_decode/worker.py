@@ -52,6 +52,8 @@ class _Sequence:
     submitted: float
     transfer: asyncio.Task[Received] | None = None
     receiver: KvReceiver | None = None
+    renewed: bool = False
+    """Its lease was renewed at least once."""
     cancelled: bool = False
     """Nobody waits for it: its transfer, under way, is being stopped."""
     span: Span | None = None
@@ -105,11 +107,19 @@ class DecodeWorker:
             self._let_go += len(orphans)
         for own in orphans:
             self._cancel(own, "the router does not have it")
-        for own in difference.renewed:
-            sequence = self._sequences[own]
-            if sequence.receiver is not None and sequence.transfer is not None:
-                sequence.receiver.renew()
+        for own in difference.going:
+            self._renew(self._sequences[own])
+        for own in difference.stalled:
+            # A lease's time runs from its first renewal.
+            if not self._sequences[own].renewed:
+                self._renew(self._sequences[own])
         return [wire_id(own) for own in difference.unknown]
+
+    @staticmethod
+    def _renew(sequence: _Sequence) -> None:
+        if sequence.receiver is not None and sequence.transfer is not None:
+            sequence.receiver.renew()
+            sequence.renewed = True
 
     def step(self, batch: Batch) -> StepResult:
         """One engine step. Engine thread."""

@@ -148,10 +148,15 @@ def submit_prefill(sequence_id: int, length: int = 6, **fields: object) -> pb.Ro
 
 
 def submit_decode(
-    sequence_id: int, length: int = 6, *, expect_kv: bool = True, **fields: object
+    sequence_id: int,
+    length: int = 6,
+    *,
+    expect_kv: bool = True,
+    lease_s: float = 5.0,
+    **fields: object,
 ) -> pb.RouterMessage:
     whole = sequence(sequence_id, length, **fields)
-    submit = pb.SubmitDecode(sequence=whole, expect_kv=expect_kv, lease_seconds=5.0)
+    submit = pb.SubmitDecode(sequence=whole, expect_kv=expect_kv, lease_seconds=lease_s)
     return pb.RouterMessage(submit_decode=submit)
 
 

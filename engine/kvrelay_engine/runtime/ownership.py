@@ -39,8 +39,10 @@ class Difference:
 
     orphans: tuple[int, ...]
     """Held here, and their router has them no more."""
-    renewed: tuple[int, ...]
-    """Held here and alive: their leases go on."""
+    stalled: frozenset[int]
+    """Held here and alive, and nobody computes their KV just now."""
+    going: frozenset[int]
+    """The others held here and alive."""
     unknown: tuple[int, ...]
     """Alive at the router and not here."""
 
@@ -49,5 +51,6 @@ def compare(pulse: pb.Pulse, session: int, held: Iterable[int]) -> Difference:
     """A pulse beside what is held; `held` may have other sessions' sequences too."""
     mine = {own for own in held if session_of(own) == session}
     live = {own_id(session, sequence_id) for sequence_id in pulse.live}
-    stalled = {own_id(session, sequence_id) for sequence_id in pulse.stalled}
-    return Difference(tuple(mine - live), tuple((mine & live) - stalled), tuple(live - mine))
+    stalled = frozenset(own_id(session, sequence_id) for sequence_id in pulse.stalled) & mine
+    going = frozenset(mine & live) - stalled
+    return Difference(tuple(mine - live), stalled, going, tuple(live - mine))
