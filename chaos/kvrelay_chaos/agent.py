@@ -216,11 +216,12 @@ class Agent:
             try:
                 result = work()
             except Exception as error:
-                loop.call_soon_threadsafe(_settle, done, None, error)
+                loop.call_soon_threadsafe(done.set_exception, error)
             else:
-                loop.call_soon_threadsafe(_settle, done, result, None)
+                loop.call_soon_threadsafe(done.set_result, result)
 
         host.post(run)
+        # Nobody cancels the wait for it: an order is carried out to its end.
         return await done
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -233,12 +234,3 @@ class Agent:
         # The stack may be gone; then so will this process be.
         with contextlib.suppress(OSError, RuntimeError):
             writer.write(json.dumps(message).encode() + b"\n")
-
-
-def _settle(done: "asyncio.Future[T]", result: T, error: Exception | None) -> None:
-    if done.done():
-        return
-    if error is not None:
-        done.set_exception(error)
-    else:
-        done.set_result(result)

@@ -57,7 +57,7 @@ def _replace_by_full(folder: Path) -> None:
     size = sum(-(-path.stat().st_size // _PAGE) * _PAGE for path in files) + _ROOM
     libc = ctypes.CDLL(None, use_errno=True)
     full = Path(tempfile.mkdtemp())
-    _check(libc.mount(b"tmpfs", os.fsencode(full), b"tmpfs", 0, f"size={size}".encode()))
+    _check(libc.mount(b"tmpfs", os.fsencode(full), b"tmpfs", 0, f"size={size},mode=700".encode()))
     for path in files:
         copy = full / path.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)

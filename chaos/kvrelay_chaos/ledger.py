@@ -9,10 +9,13 @@ from typing import Any
 from kvrelay_bench.report import percentile
 from kvrelay_chaos.load import Outcome
 from kvrelay_chaos.plan import Fault
+from kvrelay_chaos.soak import Growth
 from kvrelay_chaos.verdict import GOOD, Verdict
 
 KEPT = 20
-"""Outcomes that are not good, kept word for word."""
+"""Outcomes that are not good, and gaps, that are kept one by one."""
+JUST_BEFORE_S = 0.5
+"""A fault so long before a stream's last piece may still be what stopped it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class Ledger:
     crashes: list[str] = field(default_factory=list)
     """Processes that ended by themselves."""
     restarts: dict[str, int] = field(default_factory=dict)
+    growth: Sequence[Growth] = ()
+    """Of what the processes take of the machine."""
 
     def count(self, verdict: Verdict) -> int:
         return sum(outcome.verdict is verdict for outcome in self.outcomes)
@@ -110,7 +115,27 @@ class Ledger:
 
     def recovery_gap(self) -> Spread:
         """Pauses in streams that another worker carried on."""
-        return Spread.of(gap for outcome in self.outcomes for gap in outcome.gaps)
+        return Spread.of(gap.seconds for outcome in self.outcomes for gap in outcome.gaps)
+
+    def longest_gaps(self) -> list[dict[str, Any]]:
+        """The longest pauses, and the breaking faults that fired in each."""
+        gaps = sorted(
+            (gap for outcome in self.outcomes for gap in outcome.gaps),
+            key=lambda gap: gap.seconds,
+            reverse=True,
+        )
+        return [
+            {
+                "seconds": round(gap.seconds, 3),
+                "faults": [
+                    f"{fired.fault.kind} {fired.fault.target}"
+                    for fired in self.fired
+                    if fired.breaks
+                    and gap.began - JUST_BEFORE_S < fired.at < gap.began + gap.seconds
+                ],
+            }
+            for gap in gaps[:KEPT]
+        ]
 
     def numbers(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -126,8 +151,10 @@ class Ledger:
             "blocks_back_after_s": Spread.of(self.settled),
             "time_to_error_s": self.time_to_error(),
             "recovery_gap_s": self.recovery_gap(),
+            "longest_gaps": self.longest_gaps(),
             "restarts": dict(self.restarts),
             "crashes": list(self.crashes),
+            "growth": list(self.growth),
             "not_good": [_described(outcome) for outcome in self.bad[:KEPT]],
         }
 

@@ -36,6 +36,14 @@ _SMALL_BUFFER = 2048
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """A pause in a stream that was resumed elsewhere: between the pieces before and after."""
+
+    began: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """One request as it went. Times are the loop's clock, in seconds."""
 
@@ -51,8 +59,7 @@ class Outcome:
     ended: float
     last_sign: float
     """When the client heard of it last before its end: the beginning, or a piece of the answer."""
-    gaps: tuple[float, ...] = ()
-    """Where the stream was resumed elsewhere: pauses between the pieces before and after."""
+    gaps: tuple[Gap, ...] = ()
 
 
 @dataclass(slots=True)
@@ -63,11 +70,11 @@ class _Progress:
     text: str = ""
     pieces: int = 0
     resumed: bool = False
-    gaps: tuple[float, ...] = ()
+    gaps: tuple[Gap, ...] = ()
 
     def piece(self, snapshot: str, now: float) -> None:
         if self.resumed and self.pieces:
-            self.gaps = (*self.gaps, now - self.last_sign)
+            self.gaps = (*self.gaps, Gap(self.last_sign, now - self.last_sign))
         self.resumed = False
         self.text, self.last_sign = snapshot, now
         self.pieces += 1

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from kvrelay_chaos.shape import Shape
 from kvrelay_protocol.errors import UsageError
@@ -19,10 +19,10 @@ Parameters: TypeAlias = Mapping[str, Value]
 class Drawable(Protocol):
     """What the plan needs to know of a kind of fault."""
 
-    name: str
-    weight: float
+    name: ClassVar[str]
+    weight: ClassVar[float]
     """How often it is drawn, relative to the others."""
-    cost_s: float
+    cost_s: ClassVar[float]
     """Seconds by which it moves the faults after it, so that a stack has time for both."""
 
     def targets(self, shape: Shape) -> Sequence[str]: ...

@@ -10,7 +10,7 @@ It hands on bytes. A message is parsed only to find one of the kind that an arme
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -185,7 +185,10 @@ class JoinProxy:
         session = self._session = _Session()
         try:
             async with grpc.aio.insecure_channel(self._router, options=_CHANNEL_OPTIONS) as channel:
-                call = channel.stream_stream(_METHOD)(self.lanes["up"].through(requests))
+                join = channel.stream_stream(
+                    _METHOD, request_serializer=None, response_deserializer=None
+                )
+                call = join(self.lanes["up"].through(requests))
                 async for message in self.lanes["down"].through(_until(session.cut, call)):
                     session.welcomed = True
                     yield message
@@ -199,7 +202,7 @@ class JoinProxy:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the stream was cut")
 
 
-async def _until(stop: asyncio.Event, source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _until(stop: asyncio.Event, source: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
     """Everything of `source` until `stop` is set."""
     iterator = aiter(source)
     stopped = asyncio.create_task(stop.wait())

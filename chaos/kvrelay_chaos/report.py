@@ -9,6 +9,7 @@ from kvrelay_bench.machine import describe_machine
 from kvrelay_bench.report import Table, write_report
 from kvrelay_chaos.ledger import Ledger, Spread
 from kvrelay_chaos.plan import Plan
+from kvrelay_chaos.soak import QUANTITIES
 from kvrelay_chaos.verdict import Verdict
 
 
@@ -18,6 +19,8 @@ def print_result(ledger: Ledger, plan: Plan, seconds: float) -> None:
     total = ("all", len(plan.faults), len(ledger.fired))
     print(f"\n{Table(('fault', 'planned', 'fired'), [*rows, total]).text()}\n")
     print(result_table(ledger).text())
+    if ledger.growth:
+        print(f"\n{growth_table(ledger).text()}")
     if ledger.codes():
         found = ", ".join(f"{code} {count}" for code, count in ledger.codes().most_common())
         print(f"errors: {found}")
@@ -41,6 +44,20 @@ def result_table(ledger: Ledger) -> Table:
         ("blocks back p50 / p99 / max, s", _spread(numbers["blocks_back_after_s"])),
     ]
     return Table(("result", "count"), rows)
+
+
+def growth_table(ledger: Ledger) -> Table:
+    """Memory, descriptors, threads and shared memory: how much more of them an hour."""
+    header = ("process", "seconds", "MiB", "MiB/h", "fds", "fds/h", "threads", "threads/h",
+              "segments", "segments/h")  # fmt: skip
+    rows: list[list[object]] = []
+    for growth in ledger.growth:
+        row: list[object] = [growth.process, round(growth.seconds)]
+        for quantity in QUANTITIES:
+            unit = 2**20 if quantity == "resident_bytes" else 1
+            row += [growth.last[quantity] // unit, growth.per_hour[quantity] / unit]
+        rows.append(row)
+    return Table(header, rows)
 
 
 def problems(ledger: Ledger) -> list[str]:

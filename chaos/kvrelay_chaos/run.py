@@ -18,8 +18,11 @@ from kvrelay_chaos.plan import Plan, draw_plan
 from kvrelay_chaos.questions import draw_questions
 from kvrelay_chaos.report import print_result, write_result
 from kvrelay_chaos.shape import Shape
+from kvrelay_chaos.soak import Sampler, sampling
 from kvrelay_chaos.stack import Stack
 
+LEASE_S = 1.0
+DRAIN_GRACE_S = 5.0
 _QUIET_EVERY_S = 30.0
 
 
@@ -70,38 +73,45 @@ def make_plan(values: SimpleNamespace) -> Plan:
 
 
 def make_settings(values: SimpleNamespace, shape: Shape) -> Settings:
-    """Check everything that `kvrelay up` would check, and settle the stack's flags."""
+    """Of a run as the command was told."""
     from kvrelay.cli.commands.shared import STACK_FLAGS
-    from kvrelay.cli.stack import defaults, plan_stack
 
-    given = {
-        flag.dest: getattr(values, flag.dest) for flag in STACK_FLAGS if hasattr(values, flag.dest)
-    }
-    own = {
-        "prefill": shape.prefill,
-        "decode": shape.decode,
-        "port": 0,
-        "join_port": 0,
-        "request_timeout": values.deadline,
-    }
-    planned = plan_stack(defaults(**given | own))
-    settled = defaults(
-        **given
-        | own
-        | {
-            "model": str(planned.model.files.directory),
-            "revision": None,
-            "served_model_name": planned.name,
-            "max_model_len": planned.memory.max_model_len,
-        }
-    )
+    given = {f.dest: getattr(values, f.dest) for f in STACK_FLAGS if hasattr(values, f.dest)}
     return Settings(
-        values=settled,
+        values=settle_flags(shape, deadline_s=values.deadline, **given),
         users=values.users,
         questions=values.questions,
         deadline_s=values.deadline,
         duration_s=values.duration,
     )
+
+
+def settle_flags(shape: Shape, *, deadline_s: float, **given: object) -> SimpleNamespace:
+    """Flags of `kvrelay up`, checked and settled as it would, for a stack of ours.
+
+    Raises:
+        StartupError: everything `kvrelay up` refuses.
+    """
+    from kvrelay.cli.stack import defaults, plan_stack
+
+    own = {
+        "lease": LEASE_S,
+        "drain_grace": DRAIN_GRACE_S,
+        **given,
+        "prefill": shape.prefill,
+        "decode": shape.decode,
+        "port": 0,
+        "join_port": 0,
+        "request_timeout": deadline_s,
+    }
+    planned = plan_stack(defaults(**own))
+    model = {
+        "model": str(planned.model.files.directory),
+        "revision": None,
+        "served_model_name": planned.name,
+        "max_model_len": planned.memory.max_model_len,
+    }
+    return defaults(**own | model)
 
 
 def carry_out(plan: Plan, settings: Settings, *, say: Callable[[str], None]) -> Ledger:
@@ -141,8 +151,9 @@ async def _carry_out(
                 epoch_of=stack.epoch,
                 on_outcome=ledger.outcomes.append,
             )
+            sampler = Sampler(stack.pids)
             conductor = Conductor(plan, Surroundings(stack, load.orders), load, ledger)
-            async with load.running():
+            async with load.running(), sampling(sampler):
                 await conductor.run(
                     quiet_every_s=settings.quiet_every_s,
                     say=say,
@@ -150,6 +161,7 @@ async def _carry_out(
                     until_s=settings.duration_s,
                 )
                 await conductor.settle()
+            ledger.growth = sampler.growth()
             ledger.restarts = {name: p.restarts for name, p in stack.processes.items()}
             stubborn = await stack.stop()
         ledger.crashes += [str(ended) for ended in stack.unasked]

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Self
@@ -205,7 +206,7 @@ class Stack:
         for name in self.shape.router_names:
             self._add(name, self._router_command(name), environment, from_router)
         for name in self.shape.workers:
-            self._add(name, lambda name=name: self._worker_command(name), environment, from_worker)
+            self._add(name, partial(self._worker_command, name), environment, from_worker)
         try:
             async with asyncio.timeout(_START_S):
                 await self.all_up()
@@ -272,6 +273,10 @@ class Stack:
         ]
 
     # ---- state
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of what runs now."""
+        return {name: p.pid for name, p in self.processes.items() if p.pid is not None}
 
     def epoch(self, router: str) -> int:
         """Odd from a router's end until it answers again; another number whenever that changed."""

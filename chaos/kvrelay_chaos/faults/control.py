@@ -11,11 +11,10 @@ from kvrelay_chaos.proxy import ANY, Direction, MessageFault, MessageOrder
 from kvrelay_chaos.shape import Shape
 
 # Messages that a request can't do without. A fault waits for one of its kind, on the lane it travels on.
-_UPWARDS = ("step_output", "lease_granted", "kv_received", "sequence_started", "kv_sent")
+_FROM_PREFILL = ("step_output", "sequence_started", "kv_sent")
+_FROM_DECODE = ("step_output", "lease_granted", "kv_received")
 _TO_PREFILL = ("submit_prefill", "open_transfer", "release_kv")
-_TO_DECODE = ("submit_decode",)
-_OF_PREFILL = frozenset({"kv_sent", "sequence_started"})
-_OF_DECODE = frozenset({"lease_granted", "kv_received"})
+_TO_DECODE = ("submit_decode", "cancel")
 
 
 class _OnLink(Kind):
@@ -48,10 +47,11 @@ def _messages(link: str, direction: Direction) -> list[str]:
     """What a fault may wait for there: any message as often as one of those that matter."""
     prefill = link.startswith("prefill")
     if direction == "down":
-        named = _TO_PREFILL if prefill else _TO_DECODE
-    else:
-        foreign = _OF_DECODE if prefill else _OF_PREFILL
-        named = tuple(name for name in _UPWARDS if name not in foreign)
+        return _half_any(_TO_PREFILL if prefill else _TO_DECODE)
+    return _half_any(_FROM_PREFILL if prefill else _FROM_DECODE)
+
+
+def _half_any(named: Sequence[str]) -> list[str]:
     return [ANY] * len(named) + list(named)
 
 
