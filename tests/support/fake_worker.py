@@ -80,8 +80,8 @@ class Script:
     pause_at_index: int | None = None
     """Stop for good just before the token of this output index: the moment for `die`."""
     obey_cancel: bool = True
-    forget: bool = False
-    """Take a sequence and know nothing of it from then on."""
+    forget: int = 0
+    """Take this many sequences and know nothing of them from then on."""
 
 
 class FakeWorker:
@@ -247,6 +247,7 @@ class FakeWorker:
 
     def _begin(self, sequence: pb.Sequence, work: Callable[[pb.Sequence], object]) -> None:
         if self.script.forget:
+            self.script.forget -= 1
             self._forgotten.add(sequence.sequence_id)
             return
         self.open.add(sequence.sequence_id)
