@@ -114,7 +114,7 @@ async def test_blocks_stay_until_the_copy_that_reads_them_has_ended(prefill):
 
     def slow_gather(*args: object) -> None:
         loop.call_soon_threadsafe(copying.set)
-        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(5)
+        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(60)
         gather(*args)
 
     prefill.host.pool.gather = slow_gather

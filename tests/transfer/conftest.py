@@ -30,7 +30,7 @@ class PeerProcess:
             stdout=asyncio.subprocess.PIPE,
         )
         assert process.stdout is not None
-        line = await asyncio.wait_for(process.stdout.readline(), 30)
+        line = await asyncio.wait_for(process.stdout.readline(), 60)
         return cls(process, bytes.fromhex(json.loads(line)["address"]))
 
     def tell(self, **command: object) -> None:
@@ -39,7 +39,7 @@ class PeerProcess:
 
     async def hear(self) -> dict[str, object]:
         assert self.process.stdout is not None
-        line = await asyncio.wait_for(self.process.stdout.readline(), 20)
+        line = await asyncio.wait_for(self.process.stdout.readline(), 60)
         answer: dict[str, object] = json.loads(line)
         return answer
 
@@ -52,7 +52,7 @@ class PeerProcess:
             assert self.process.stdin is not None
             self.process.stdin.close()
             try:
-                await asyncio.wait_for(self.process.wait(), 10)
+                await asyncio.wait_for(self.process.wait(), 60)
             except TimeoutError:
                 self.process.kill()
         await self.process.wait()
