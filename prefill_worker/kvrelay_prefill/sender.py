@@ -14,7 +14,7 @@ from kvrelay_protocol.errors import DeadlineExceeded, KvrelayError, LeaseLost
 from kvrelay_protocol.trace import TraceContext
 from kvrelay_transfer.frames import HEADER_SIZE, FrameHeader, FrameKind, seal
 from kvrelay_transfer.kit import TransferKit
-from kvrelay_transfer.layout import DTYPE_CODES, Piece, WireFormat
+from kvrelay_transfer.layout import DTYPE_CODES, KvLayout, Piece, WireFormat
 from kvrelay_transfer.lease import (
     HandoverMessage,
     KvMessage,
@@ -223,7 +223,8 @@ class KvSender:
         wire = self._lease.wire
         assert wire is not None  # noqa: S101 - there is one for an open lease
         nbytes = wire.payload_bytes(piece)
-        blocks_digest = self._gather(wire, piece, buffer[HEADER_SIZE : HEADER_SIZE + nbytes])
+        payload = buffer[HEADER_SIZE : HEADER_SIZE + nbytes]
+        blocks_digest = self._gather(wire, lease.layout, piece, payload)
         header = FrameHeader(
             kind=FrameKind.KV_GROUP,
             lease_id=lease.identity.lease_id,
@@ -242,7 +243,9 @@ class KvSender:
         )
         return seal(buffer, header, nbytes, self._key, blocks_digest)
 
-    def _gather(self, wire: WireFormat, piece: Piece, out: memoryview) -> bytes | None:
+    def _gather(
+        self, wire: WireFormat, receiver: KvLayout, piece: Piece, out: memoryview
+    ) -> bytes | None:
         layout, size, tokens = self._kit.layout, self._pool.block_size, piece.tokens
         if wire == WireFormat.between(layout, layout):
             end = -(-tokens.stop // size)
@@ -261,6 +264,7 @@ class KvSender:
             out,
             heads=wire.heads,
             dtype=getattr(torch, wire.dtype),
+            digest=wire.heads == receiver.heads,
         )
 
     def _fill_record(self, buffer: memoryview, total: int, lease: OpenLease) -> memoryview:

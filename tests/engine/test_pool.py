@@ -1,5 +1,7 @@
 """The pool's tensors, their size, and the wire layout."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -7,16 +9,16 @@ from tiny_models import tiny_model
 from kvrelay_engine.cache.pool import KVPool
 from kvrelay_engine.cache.sizing import kv_bytes_per_block
 from kvrelay_engine.models.weights import load_model_config
+from kvrelay_kernels.kv_gather import digests_while_copying
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def make_pool(dtype=torch.float32, device="cpu", num_blocks=7, fill=True):
+def make_pool(dtype=torch.float32, device="cpu", num_blocks=7, fill=True, **options):
     config = load_model_config(tiny_model("llama3"))
-    pool = KVPool(
-        config, num_blocks=num_blocks, block_size=4, device=torch.device(device), dtype=dtype
-    )
+    sizes = {"num_blocks": num_blocks, "block_size": 4} | options
+    pool = KVPool(config, device=torch.device(device), dtype=dtype, **sizes)
     if fill:
         torch.manual_seed(0)
         pool.tensor.copy_(torch.randn(pool.tensor.shape))
@@ -131,3 +133,98 @@ def test_both_sides_digest_what_they_copy(device):
     assert sent in (None, target.scatter(0, 2, [0, 5], memoryview(payload), digest=True))
     payload[100] ^= 1
     assert target.scatter(0, 2, [0, 5], memoryview(payload), digest=True) != sent
+
+
+def sequence(pool, blocks, heads=None):
+    """What a sequence's positions hold, `[layers, 2, positions, heads, head_dim]`."""
+    rows = pool.tensor[:, :, list(blocks)].flatten(2, 3)
+    return rows if heads is None else rows[:, :, :, heads.start : heads.stop]
+
+
+def moved(source, target, source_blocks, target_blocks, tokens, heads=None, **options):
+    """Both digests of a move of these tokens."""
+    heads = source.heads if heads is None else heads
+    shape = (source.num_layers, 2, len(tokens), len(heads), source.tensor.shape[-1])
+    payload = bytearray(math.prod(shape) * target.dtype.itemsize)
+    sent = source.gather_tokens(
+        0, 3, source_blocks, tokens, memoryview(payload), heads=heads, dtype=target.dtype,
+        digest=heads == target.heads,
+    )  # fmt: skip
+    return sent, target.scatter_tokens(
+        0, 3, target_blocks, tokens, memoryview(payload), heads=heads,
+        digest=sent is not None, **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [range(11), range(3, 9), range(4, 8), range(10, 11)])
+def test_tokens_find_their_places_in_blocks_of_another_size(tokens, dtype, device):
+    source = make_pool(dtype, device)
+    target = make_pool(dtype, device, num_blocks=5, block_size=3)
+    before = target.tensor.clone()
+    sent, taken = moved(source, target, [5, 0, 3], [4, 1, 0, 2], tokens)
+    assert sent == taken
+    assert (sent is not None) == digests_while_copying(source.tensor)
+    here, there = sequence(source, [5, 0, 3]), sequence(target, [4, 1, 0, 2])
+    assert torch.equal(here[:, :, tokens], there[:, :, tokens])
+    rest = [position for position in range(12) if position not in tokens]
+    untouched = before[:, :, [4, 1, 0, 2]].flatten(2, 3)[:, :, rest]
+    assert torch.equal(there[:, :, rest], untouched)
+    assert torch.equal(target.tensor[:, :, 3], before[:, :, 3]), "a block of somebody else"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("into", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_arrive_rounded_to_the_receivers_dtype(dtype, into, device):
+    source, target = make_pool(dtype, device), make_pool(into, device, fill=False)
+    moved(source, target, [5, 0, 3], [1, 2, 4], range(10))
+    here = sequence(source, [5, 0, 3])[:, :, :10].to(into)
+    assert torch.equal(sequence(target, [1, 2, 4])[:, :, :10], here)
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_what_lies_behind_a_prompt_is_cleared_where_asked(clear):
+    source, target = make_pool(), make_pool()
+    target.tensor.fill_(torch.nan)
+    moved(source, target, [5, 0], [1, 2], range(4, 6), clear_behind=clear)
+    tail = target.tensor[:, :, 2, 2:]
+    assert (tail == 0).all() if clear else tail.isnan().all()
+    assert target.tensor[:, :, 1].isnan().all()
+    assert target.tensor[:, :, 3].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pools_that_share_the_heads_of_one_fill_it_together_and_from_it(device):
+    whole = make_pool(device=device)
+    parts = [make_pool(device=device, heads=range(n, n + 1)) for n in range(2)]
+    assert all(2 * part.bytes_per_block == whole.bytes_per_block for part in parts)
+    for part in parts:
+        moved(whole, part, [5, 0, 3], [1, 2, 4], range(11), part.heads)
+        here = sequence(whole, [5, 0, 3], part.heads)[:, :, :11]
+        assert torch.equal(sequence(part, [1, 2, 4])[:, :, :11], here)
+    again = make_pool(device=device, fill=False)
+    for part in parts:
+        moved(part, again, [1, 2, 4], [6, 3, 2], range(11), part.heads, clear_behind=True)
+    there = sequence(again, [6, 3, 2])
+    assert torch.equal(there[:, :, :11], sequence(whole, [5, 0, 3])[:, :, :11])
+    assert not there[:, :, 11:].any()
+
+
+def test_wrong_tokens_and_heads_are_named():
+    pool = make_pool()
+    buffer = memoryview(bytearray(64))
+    for tokens in (range(0), range(9), range(-1, 3)):
+        with pytest.raises(ValueError, match=r"empty or outside 2 blocks"):
+            pool.scatter_tokens(0, 3, [0, 1], tokens, buffer, heads=pool.heads)
+    for heads in (range(0), range(3), range(1, 3)):
+        with pytest.raises(ValueError, match=r"heads .* are none, or not among range\(0, 2\)"):
+            pool.gather_tokens(0, 3, [0], range(2), buffer, heads=heads, dtype=pool.dtype)
+    with pytest.raises(ValueError, match="named twice"):
+        pool.scatter_tokens(0, 3, [1, 1], range(2), buffer, heads=pool.heads)
+    with pytest.raises(ValueError, match="a part of the heads"):
+        pool.scatter_tokens(0, 3, [1], range(2), buffer, heads=range(1), digest=True)
+    for heads in (range(1), range(2)):
+        with pytest.raises(ValueError, match="the buffer is 64 bytes"):
+            pool.scatter_tokens(0, 3, [1], range(2), buffer, heads=heads)

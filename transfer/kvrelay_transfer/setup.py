@@ -10,6 +10,9 @@ from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.staging import Allocator, StagingBuffers, page_aligned
 from kvrelay_transfer.transport import create_transport
 
+_RECORD_BYTES = 2048
+"""More than a hand-over record has: three times as much as its notes of 64 messages."""
+
 
 async def make_kit(
     transport: str,
@@ -35,7 +38,7 @@ async def make_kit(
     endpoint = create_transport(uri)
     await endpoint.start()
     # The header comes on top: blocks are powers of two, and one that just does not fit halves messages.
-    nbytes = HEADER_SIZE + max(staging_bytes, ours.layer_block_bytes)
+    nbytes = HEADER_SIZE + max(staging_bytes, ours.layer_block_bytes, _RECORD_BYTES)
     return TransferKit(endpoint, StagingBuffers(staging_count, nbytes, allocate), ours)
 
 

@@ -90,7 +90,8 @@ class KVPool:
                 f"{valid_tokens_in_last_block} valid tokens in a block of {self.block_size}"
             )
         layers = self._layers(first_layer, end_layer)
-        return self._gather(layers, self._indices(blocks), out, valid_tokens_in_last_block)
+        indices = self._indices(blocks)
+        return self._gather(layers, indices, out, valid_tokens_in_last_block, digest=True)
 
     def gather_tokens(
         self,
@@ -102,6 +103,7 @@ class KVPool:
         *,
         heads: range,
         dtype: torch.dtype,
+        digest: bool = False,
     ) -> bytes | None:
         """Write positions of a sequence into `out`, `[layers, 2, tokens, heads, head_dim]`.
 
@@ -113,9 +115,10 @@ class KVPool:
             out: writable host buffer of just this size; a uint8 tensor or a memoryview.
             heads: of the model, all of them in this pool.
             dtype: what is written; a conversion rounds to nearest.
+            digest: whether it is wanted: whoever has only some of these heads can't take it again.
 
         Returns:
-            The digest of `out`, as of `gather`; None where it would take a second pass.
+            The digest of `out`, as of `gather`; None where it is not wanted or would take a second pass.
 
         Raises:
             ValueError: an index, a size or the buffer does not fit.
@@ -123,7 +126,7 @@ class KVPool:
         rows = self._rows(first_layer, end_layer)
         slots = self._slots(blocks, tokens)
         if heads == self.heads and dtype == self.dtype:
-            return self._gather(rows, slots, out, 1)
+            return self._gather(rows, slots, out, 1, digest=digest)
         part = rows[..., self._columns(heads), :].index_select(2, slots).to(dtype)
         _view(out, part.shape, dtype).copy_(part)
         return None
@@ -206,26 +209,28 @@ class KVPool:
         indices: torch.Tensor,
         out: memoryview | torch.Tensor,
         valid_tokens: int,
+        *,
+        digest: bool,
     ) -> bytes | None:
         target = _view(out, self._wire_shape(layers, indices), self.dtype)
         on_host = self.device.type == "cpu"
         staged = target if on_host else torch.empty_like(target, device=self.device)
-        digest: bytes | None = None
-        if digests_while_copying(layers):
-            digest = kv_gather_digest(layers, indices, staged, valid_tokens=valid_tokens)
+        taken: bytes | None = None
+        if digest and digests_while_copying(layers):
+            taken = kv_gather_digest(layers, indices, staged, valid_tokens=valid_tokens)
         else:
             kv_gather(layers, indices, staged, valid_tokens=valid_tokens)
         if on_host:
-            return digest
+            return taken
         if target.is_pinned():
             target.copy_(staged)
-            return digest
+            return taken
         # A device writes to pageable memory through small bounce buffers; one pinned buffer from
         # torch's cache and a plain copy is faster.
         pinned = torch.empty(target.shape, dtype=self.dtype, pin_memory=True)
         pinned.copy_(staged)
         target.copy_(pinned)
-        return digest
+        return taken
 
     def _scatter(
         self,
