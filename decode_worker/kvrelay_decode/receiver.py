@@ -172,10 +172,7 @@ class KvReceiver:
     async def _turn(self, receive: Receive, buffer: memoryview) -> Received | None:
         try:
             nbytes = await self._next_message(receive)
-            if nbytes is None:
-                self._obey(self.lease.quiet())
-                return None
-            taken = await self._kit.copy(self._take, buffer, nbytes)
+            taken = None if nbytes is None else await self._kit.copy(self._take, buffer, nbytes)
         except (CorruptFrame, Truncated) as error:
             self._refused = error
             self._obey(self.lease.corrupt())
@@ -183,6 +180,9 @@ class KvReceiver:
         except StaleFrame as error:
             self._refused = error
             self._obey(self.lease.foreign())
+            return None
+        if nbytes is None or taken is None:
+            self._obey(self.lease.quiet())
             return None
         self._count(taken, nbytes)
         frame, header = taken.frame, taken.frame.header

@@ -1,5 +1,6 @@
 """Frames of KV blocks as the receiver takes them: verified while they are copied, repeats left alone."""
 
+import asyncio
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,11 +13,15 @@ from kvrelay_decode.receiver import KvReceiver
 from kvrelay_engine.cache.pool import KVPool
 from kvrelay_engine.models.weights import load_model_config
 from kvrelay_engine.sequence import SequenceSpec
-from kvrelay_protocol.errors import CorruptFrame, StaleFrame
+from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_protocol.errors import CorruptFrame, LeaseLost, StaleFrame
 from kvrelay_protocol.sampling import SamplingParams
 from kvrelay_transfer.frames import HEADER_SIZE, FrameHeader, FrameKind, seal
+from kvrelay_transfer.inproc import InprocTransport
+from kvrelay_transfer.kit import TransferKit
 from kvrelay_transfer.layout import DTYPE_CODES, KvLayout
-from kvrelay_transfer.lease import LeaseId
+from kvrelay_transfer.lease import MAX_RESENDS, LeaseId, ReceiveState
+from kvrelay_transfer.staging import StagingBuffers
 from kvrelay_transfer.ticket import frame_key
 
 BLOCK = 4
@@ -34,24 +39,31 @@ def make_pool():
 
 
 def make_receiver(pool):
+    receiver = new_receiver(pool, SimpleNamespace(layout=layout_of(pool)))
+    receiver.lease.posted()
+    return receiver
+
+
+def layout_of(pool):
     shape = pool.tensor.shape
-    layout = KvLayout("model", "float32", BLOCK, shape[0], shape[4], shape[5])
-    receiver = KvReceiver(
+    return KvLayout("model", "float32", BLOCK, shape[0], shape[4], shape[5])
+
+
+def new_receiver(pool, kit, lease_s=300.0):
+    return KvReceiver(
         IDENTITY,
         ticket=TICKET,
         tag=1,
         spec=SPEC,
         prompt_blocks=(4, 1),
         first_block=0,
-        kit=SimpleNamespace(layout=layout),
+        kit=kit,
         pool=pool,
-        lease_s=10.0,
+        lease_s=lease_s,
         deadline=time.monotonic() + 60,
         on_posted=lambda: None,
         on_missing=lambda numbers: None,
     )
-    receiver.lease.posted()
-    return receiver
 
 
 def frame_of(pool, key=KEY, **changes):
@@ -66,6 +78,37 @@ def frame_of(pool, key=KEY, **changes):
     )  # fmt: skip
     seal(buffer, replace(header, **changes), nbytes, key, digest)
     return buffer
+
+
+def record_of(**fields):
+    """The hand-over record behind one message of blocks."""
+    payload = pb.Handover(first_token=42, **fields).SerializeToString()
+    header = FrameHeader(
+        FrameKind.HANDOVER, IDENTITY.lease_id, IDENTITY.epoch, IDENTITY.generation, 1,
+        total_messages=2,
+    )  # fmt: skip
+    buffer = bytearray(HEADER_SIZE) + payload
+    seal(buffer, header, len(payload), KEY)
+    return buffer
+
+
+@pytest.fixture
+async def link():
+    """The kit of a receiver, and a transport that sends to it."""
+    pool, here, there = make_pool(), InprocTransport(), InprocTransport()
+    await here.start()
+    await there.start()
+    kit = TransferKit(here, StagingBuffers(2, 1 << 16), layout_of(pool))
+    yield pool, kit, there
+    assert kit.staging.held == 0
+    await kit.close()
+    await there.close()
+
+
+async def until(condition):
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -151,3 +194,132 @@ def test_kv_of_another_prompt_tenant_or_model_writes_nothing(source, other):
     with pytest.raises(StaleFrame, match="another lease, tenant, model or prompt"):
         make_receiver(pool)._take(memoryview(buffer), len(buffer))
     assert not pool.tensor.any()
+
+
+async def test_a_lease_nobody_renews_waits_and_one_renewed_once_has_an_end(link):
+    pool, kit, _ = link
+    receiver = new_receiver(pool, kit, lease_s=0.02)
+    running = asyncio.create_task(receiver.run())
+    await asyncio.sleep(0.1)
+    assert not running.done()
+    receiver.renew()
+    with pytest.raises(LeaseLost, match=r"no KV block came for 0\.02 s"):
+        await running
+    assert receiver.lease.state is ReceiveState.EXPIRED
+
+
+async def test_every_renewal_moves_the_end_of_a_lease_nothing_came_for(link):
+    pool, kit, _ = link
+    receiver = new_receiver(pool, kit, lease_s=60.0)
+    running = asyncio.create_task(receiver.run())
+    await until(lambda: receiver._waiting_first)
+    ends = [receiver._waiting_first.when()]
+    for _ in range(3):
+        receiver.renew()
+        ends.append(receiver._waiting_first.when())
+        await asyncio.sleep(0.002)
+    assert ends[0] is None
+    assert ends[1] < ends[2] < ends[3]
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_a_renewal_before_the_grant_counts_from_the_grant(link):
+    pool, kit, _ = link
+    with kit.staging.try_acquire(), kit.staging.try_acquire():
+        receiver = new_receiver(pool, kit, lease_s=60.0)
+        running = asyncio.create_task(receiver.run())
+        await asyncio.sleep(0)
+        receiver.renew()
+    before = asyncio.get_running_loop().time()
+    await until(lambda: receiver._waiting_first)
+    assert receiver._waiting_first.when() >= before + 60.0
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_once_a_message_came_only_messages_renew(link, source):
+    pool, kit, there = link
+    receiver = new_receiver(pool, kit, lease_s=0.05)
+    running = asyncio.create_task(receiver.run())
+    await until(lambda: receiver.lease.state is ReceiveState.RECEIVING)
+    await there.send(kit.transport.address, 1, frame_of(source))
+    await until(lambda: receiver.lease.has(0))
+
+    async def insist():
+        while True:
+            receiver.renew()
+            await asyncio.sleep(0.001)
+
+    insisting = asyncio.create_task(insist())
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(running, 30)
+    insisting.cancel()
+
+
+@pytest.mark.parametrize("key", ["other", "own, damaged"])
+async def test_refused_frames_end_in_a_typed_error_that_says_why(link, source, key):
+    """A sender that mixed two prompts up, asked again, mixes them up again; or a link that damages all."""
+    pool, kit, there = link
+    receiver = new_receiver(pool, kit)
+    asked = []
+    receiver._on_missing = asked.append
+    running = asyncio.create_task(receiver.run())
+    await until(lambda: receiver.lease.state is ReceiveState.RECEIVING)
+    other = frame_key(TICKET, model="model", salt=b"", tokens=(*PROMPT[:-1], 99))
+    bad = frame_of(source, key=other if key == "other" else KEY)
+    bad[-1] ^= key != "other"
+    for sent in range(1, MAX_RESENDS + 2):
+        await there.send(kit.transport.address, 1, bad)
+        await until(lambda sent=sent: len(asked) == sent or running.done())
+    error, cause, counts = {
+        "other": (StaleFrame, "another lease, tenant, model or prompt", (MAX_RESENDS + 1, 0)),
+        "own, damaged": (CorruptFrame, "does not hold", (0, MAX_RESENDS + 1)),
+    }[key]
+    with pytest.raises(
+        error, match="given up: 0 messages still missing after 2 resends"
+    ) as refused:
+        await running
+    assert cause in str(refused.value.__cause__)
+    assert (receiver.lease.foreign_frames, receiver.lease.corrupt_frames) == counts
+
+
+async def test_a_foreign_frame_does_not_disturb_a_transfer(link, source):
+    pool, kit, there = link
+    receiver = new_receiver(pool, kit)
+    running = asyncio.create_task(receiver.run())
+    await until(lambda: receiver.lease.state is ReceiveState.RECEIVING)
+    address = kit.transport.address
+    await there.send(address, 1, frame_of(source, key=bytes(32)))
+    await there.send(address, 1, frame_of(source))
+    await there.send(address, 1, frame_of(source, key=bytes(32)))
+    await there.send(address, 1, record_of())
+    received = await running
+    assert received.handover.first_token == 42
+    assert (receiver.lease.foreign_frames, receiver.lease.corrupt_frames) == (2, 0)
+    assert torch.equal(pool.tensor[:, :, 4], source.tensor[:, :, 2])
+
+
+async def test_what_was_noted_of_a_message_becomes_an_event(link, source):
+    pool, kit, there = link
+    receiver = new_receiver(pool, kit)
+    running = asyncio.create_task(receiver.run())
+    await until(lambda: receiver.lease.state is ReceiveState.RECEIVING)
+    frame = frame_of(source)
+    await there.send(kit.transport.address, 1, frame)
+    record = record_of(gather_seconds_each=[0.25], send_seconds_each=[0.5])
+    await there.send(kit.transport.address, 1, record)
+    (event,) = (await running).events
+    attributes = event.attributes
+    assert attributes.pop("kvrelay.kv.receive_ms") > 0
+    assert attributes == {
+        "kvrelay.kv.message": 0,
+        "kvrelay.kv.messages": 1,
+        "kvrelay.kv.first_layer": 0,
+        "kvrelay.kv.layers": 3,
+        "kvrelay.kv.blocks": 2,
+        "kvrelay.kv.bytes": len(frame),
+        "kvrelay.kv.gather_ms": 250.0,
+        "kvrelay.kv.send_ms": 500.0,
+        "kvrelay.kv.gigabytes_per_second": len(frame) / 0.5 / 1e9,
+    }
