@@ -10,6 +10,9 @@ from kvrelay_chaos.ledger import Fired, Ledger
 from kvrelay_chaos.load import Load
 from kvrelay_chaos.plan import Fault, Plan
 
+NUDGE_AFTER_S = 5.0
+"""A fault that has waited so long for a message gets help: see `Conductor._nudge`."""
+NUDGE_S = 0.5
 STALL_S = 60.0
 """Without a single hit for so long, what is left finds nothing to hit."""
 _POLL_S = 0.1
@@ -29,6 +32,9 @@ class Conductor:
         self._exclusive: set[asyncio.Task[None]] = set()
         """Those among them that end or stop something."""
         self._locks: dict[str, asyncio.Lock] = {}
+        self._nudge_at: dict[asyncio.Task[None], float] = {}
+        self._nudges: dict[str, asyncio.Task[None]] = {}
+        """Workers that are held up for the sake of a fault."""
         self._paused_s = 0.0
         self._last_hit = time.monotonic()
 
@@ -59,13 +65,16 @@ class Conductor:
                     self._paused_s += quiet_at - now
                 if not waiting and not self._open and elapsed >= until_s:
                     return
-                if self._open and time.monotonic() - self._last_hit > STALL_S and not waiting:
+                self._nudge_waiting()
+                stuck = not waiting or len(self._open) >= _MAX_OPEN
+                if self._open and stuck and time.monotonic() - self._last_hit > STALL_S:
                     self._give_up(say)
                 await asyncio.sleep(_POLL_S)
         finally:
-            for task in list(self._open):
+            left = [*self._open, *self._nudges.values()]
+            for task in left:
                 task.cancel()
-            await asyncio.gather(*self._open, return_exceptions=True)
+            await asyncio.gather(*left, return_exceptions=True)
 
     async def settle(self) -> None:
         """Wait until nothing runs, and write down what is still held then."""
@@ -83,9 +92,32 @@ class Conductor:
         kind = BY_NAME[fault.kind]
         task = asyncio.create_task(self._fire(fault, kind), name=str(fault))
         self._open[task] = fault
+        self._nudge_at[task] = time.monotonic() + NUDGE_AFTER_S
+        task.add_done_callback(self._nudge_at.pop)
         if kind.exclusive:
             self._exclusive.add(task)
             task.add_done_callback(self._exclusive.discard)
+
+    def _nudge_waiting(self) -> None:
+        now = time.monotonic()
+        for task, fault in self._open.items():
+            if self._nudge_at.get(task, now + 1) > now or task in self._exclusive:
+                continue
+            self._nudge_at[task] = now + NUDGE_AFTER_S
+            for rival in self._around.stack.shape.rivals(fault.target):
+                if rival not in self._nudges:
+                    nudge = self._nudges[rival] = asyncio.create_task(self._nudge(rival))
+                    nudge.add_done_callback(lambda _, rival=rival: self._nudges.pop(rival))
+
+    async def _nudge(self, rival: str) -> None:
+        """Hold up a worker that gets all the work, so that a fault's target gets some.
+
+        A router that finds one idle worker a little faster than another one gives it everything.
+        """
+        async with self._locks.setdefault(rival, asyncio.Lock()):
+            await self._around.stack.up(rival)
+            await self._around.stack.processes[rival].pause(NUDGE_S)
+        self._ledger.nudges += 1
 
     async def _fire(self, fault: Fault, kind: Kind) -> None:
         if not kind.exclusive:

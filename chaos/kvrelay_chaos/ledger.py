@@ -65,6 +65,8 @@ class Ledger:
     fired: list[Fired] = field(default_factory=list)
     missed: Counter[str] = field(default_factory=Counter)
     """Faults that found nothing to hit, by kind."""
+    nudges: int = 0
+    """Workers held up for a moment, so that another one got the message that a fault waited for."""
     outcomes: list[Outcome] = field(default_factory=list)
     leaks: list[Leak] = field(default_factory=list)
     quiet_points: int = 0
@@ -142,6 +144,7 @@ class Ledger:
         return {
             "faults_planned": sum(self.planned.values()),
             "faults_fired": len(self.fired),
+            "nudges": self.nudges,
             "requests": len(self.outcomes),
             **{verdict.name.lower(): self.count(verdict) for verdict in Verdict},
             "errors_by_code": dict(self.codes()),

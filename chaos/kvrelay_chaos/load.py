@@ -153,10 +153,14 @@ class Load:
             self._running += 1
             self._quiet.clear()
             try:
-                if dice.random() < _STREAMED:
-                    outcome = await self._stream(question, answer, router, url, dice)
-                else:
-                    outcome = await self._chat(question, answer, router)
+                # The client keeps its limits itself; a client that does not would stop the run.
+                async with asyncio.timeout(self._deadline_s + 2 * MARGIN_S):
+                    if dice.random() < _STREAMED:
+                        outcome = await self._stream(question, answer, router, url, dice)
+                    else:
+                        outcome = await self._chat(question, answer, router)
+            except TimeoutError:
+                outcome = _hung(question, router, self._deadline_s + 2 * MARGIN_S)
             finally:
                 self._running -= 1
                 if not self._running:
@@ -271,6 +275,15 @@ def _outcome(
         time.monotonic(),
         progress.last_sign,
         progress.gaps,
+    )
+
+
+def _hung(question: Question, router: str, seconds: float) -> Outcome:
+    now = time.monotonic()
+    detail = f"the client itself did not come back within {seconds:g} s"
+    began = now - seconds
+    return Outcome(
+        question.number, router, False, Verdict.HUNG, None, detail, began, now, last_sign=began
     )
 
 

@@ -21,8 +21,6 @@ from kvrelay_chaos.shape import Shape
 from kvrelay_chaos.soak import Sampler, sampling
 from kvrelay_chaos.stack import Stack
 
-LEASE_S = 1.0
-DRAIN_GRACE_S = 5.0
 _QUIET_EVERY_S = 30.0
 
 
@@ -73,36 +71,21 @@ def make_plan(values: SimpleNamespace) -> Plan:
 
 
 def make_settings(values: SimpleNamespace, shape: Shape) -> Settings:
-    """Of a run as the command was told."""
-    from kvrelay.cli.commands.shared import STACK_FLAGS
-
-    given = {f.dest: getattr(values, f.dest) for f in STACK_FLAGS if hasattr(values, f.dest)}
-    return Settings(
-        values=settle_flags(shape, deadline_s=values.deadline, **given),
-        users=values.users,
-        questions=values.questions,
-        deadline_s=values.deadline,
-        duration_s=values.duration,
-    )
-
-
-def settle_flags(shape: Shape, *, deadline_s: float, **given: object) -> SimpleNamespace:
-    """Flags of `kvrelay up`, checked and settled as it would, for a stack of ours.
+    """What the command was told of load and stack; the stack's flags are checked as `kvrelay up` would.
 
     Raises:
         StartupError: everything `kvrelay up` refuses.
     """
+    from kvrelay.cli.commands.shared import STACK_FLAGS
     from kvrelay.cli.stack import defaults, plan_stack
 
     own = {
-        "lease": LEASE_S,
-        "drain_grace": DRAIN_GRACE_S,
-        **given,
+        **{f.dest: getattr(values, f.dest) for f in STACK_FLAGS if hasattr(values, f.dest)},
         "prefill": shape.prefill,
         "decode": shape.decode,
         "port": 0,
         "join_port": 0,
-        "request_timeout": deadline_s,
+        "request_timeout": values.deadline,
     }
     planned = plan_stack(defaults(**own))
     model = {
@@ -111,7 +94,13 @@ def settle_flags(shape: Shape, *, deadline_s: float, **given: object) -> SimpleN
         "served_model_name": planned.name,
         "max_model_len": planned.memory.max_model_len,
     }
-    return defaults(**own | model)
+    return Settings(
+        values=defaults(**own | model),
+        users=values.users,
+        questions=values.questions,
+        deadline_s=values.deadline,
+        duration_s=values.duration,
+    )
 
 
 def carry_out(plan: Plan, settings: Settings, *, say: Callable[[str], None]) -> Ledger:

@@ -32,6 +32,14 @@ class Shape:
         """Join streams: every worker joins every router."""
         return tuple(link_name(w, r) for w in self.workers for r in self.router_names)
 
+    def rivals(self, target: str) -> tuple[str, ...]:
+        """Workers that may get the work which a worker, or one of its links, waits for."""
+        worker = target.partition("/")[0]
+        for pool in (self.prefill_workers, self.decode_workers):
+            if worker in pool:
+                return tuple(name for name in pool if name != worker)
+        return ()
+
 
 def link_name(worker: str, router: str) -> str:
     """The stream between two processes, such as "decode-0/router-0"."""

@@ -207,11 +207,7 @@ class Stack:
             self._add(name, self._router_command(name), environment, from_router)
         for name in self.shape.workers:
             self._add(name, partial(self._worker_command, name), environment, from_worker)
-        try:
-            async with asyncio.timeout(_START_S):
-                await self.all_up()
-        except TimeoutError:
-            raise WorkerStartFailed(f"not up within {_START_S:g} s:\n{self.last_lines()}") from None
+        await self.all_up()
 
     def _add(
         self,
@@ -300,8 +296,18 @@ class Stack:
             await asyncio.sleep(_POLL_S)
 
     async def all_up(self) -> None:
-        for name in (*self.shape.router_names, *self.shape.workers):
-            await self.up(name)
+        """Wait for every process.
+
+        Raises:
+            WorkerStartFailed: one of them does not come up; the message has what it printed.
+        """
+        try:
+            async with asyncio.timeout(_START_S):
+                for name in (*self.shape.router_names, *self.shape.workers):
+                    await self.up(name)
+        except TimeoutError:
+            reason = f"{name} is not up after {_START_S:g} s; the stack's last lines:"
+            raise WorkerStartFailed(f"{reason}\n{self.last_lines()}") from None
 
     async def _is_up(self, name: str) -> bool:
         if name in self.proxies:

@@ -91,3 +91,16 @@ def test_every_fault_is_one_line():
     for fault in _plan().faults:
         assert "\n" not in str(fault)
         assert fault.kind in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("target", "rivals"),
+    [
+        ("prefill-1", ("prefill-0",)),
+        ("decode-0/router-1", ("decode-1",)),
+        ("router-0", ()),
+        ("clients", ()),
+    ],
+)
+def test_rivals_are_the_other_workers_of_a_pool(target, rivals):
+    assert SHAPE.rivals(target) == rivals

@@ -2,31 +2,31 @@
 
 import pytest
 
+from kvrelay.cli.commands.chaos import CHAOS
+from kvrelay.cli.settings import resolve
 from kvrelay_chaos.faults import KINDS
 from kvrelay_chaos.ledger import Ledger
-from kvrelay_chaos.plan import draw_plan
 from kvrelay_chaos.report import problems
-from kvrelay_chaos.run import Settings, carry_out, settle_flags
-from kvrelay_chaos.shape import Shape
+from kvrelay_chaos.run import carry_out, make_plan, make_settings
 from kvrelay_chaos.verdict import Verdict
 
-SHAPE = Shape(prefill=2, decode=2, routers=2)
-FAULTS = 120
-SEED = 4
-SECONDS = 12.0
-"""For the plan on a machine that keeps up; on another the same faults take longer."""
+FLAGS = {
+    "faults": "120",
+    "seed": "4",
+    "routers": "2",
+    "users": "6",
+    "questions": "16",
+    # On a machine that keeps up with the plan. On another the same faults take longer.
+    "duration": "12",
+    "deadline": "60",
+}
 
 
 @pytest.fixture(scope="module")
 def ledger() -> Ledger:
-    plan = draw_plan(KINDS, SHAPE, count=FAULTS, seed=SEED, duration_s=SECONDS)
-    settings = Settings(
-        values=settle_flags(SHAPE, deadline_s=60.0),
-        users=6,
-        questions=16,
-        deadline_s=60.0,
-    )
-    return carry_out(plan, settings, say=print)
+    values = resolve(CHAOS.flags, FLAGS, environ={})
+    plan = make_plan(values)
+    return carry_out(plan, make_settings(values, plan.shape), say=print)
 
 
 def test_nothing_is_wrong_hung_or_leaked(ledger):

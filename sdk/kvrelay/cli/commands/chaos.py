@@ -1,9 +1,10 @@
 """`kvrelay chaos`."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 from kvrelay.cli.command import Command
-from kvrelay.cli.commands.shared import ENGINE, MODEL, TRANSFER
+from kvrelay.cli.commands.shared import ENGINE, MODEL, TRANSFER, MiB
 from kvrelay.cli.flags import Flag, boolean, duration, existing_file, integer, text
 
 _FAULTS = (
@@ -37,6 +38,12 @@ _LOAD = (
 )  # fmt: skip
 
 
+_ENGINE = tuple(
+    replace(flag, default=24 * MiB) if flag.name == "--kv-memory" else flag for flag in ENGINE
+)
+"""A pool that the load fills: blocks are evicted and sequences preempted all the time."""
+
+
 def _run(values: SimpleNamespace) -> int:
     from kvrelay_chaos.run import run_chaos
 
@@ -46,7 +53,7 @@ def _run(values: SimpleNamespace) -> int:
 CHAOS = Command(
     "chaos",
     "Break a stack of its own under load, and prove that nothing came of it.",
-    (*_FAULTS, *_LOAD, *_STACK, *MODEL, *ENGINE, *TRANSFER),
+    (*_FAULTS, *_LOAD, *_STACK, *MODEL, *_ENGINE, *TRANSFER),
     _run,
     epilog="Every answer is compared with that of the stack before the first fault. The same seed\n"
     "gives the same plan; how it falls in with the requests differs from run to run.\n"
