@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 from kvrelay_chaos.faults import BY_NAME, Kind, Surroundings
 from kvrelay_chaos.leaks import wait_settled
@@ -107,7 +108,10 @@ class Conductor:
             for rival in self._around.stack.shape.rivals(fault.target):
                 if rival not in self._nudges:
                     nudge = self._nudges[rival] = asyncio.create_task(self._nudge(rival))
-                    nudge.add_done_callback(lambda _, rival=rival: self._nudges.pop(rival))
+                    nudge.add_done_callback(partial(self._nudged, rival))
+
+    def _nudged(self, rival: str, _nudge: asyncio.Task[None]) -> None:
+        del self._nudges[rival]
 
     async def _nudge(self, rival: str) -> None:
         """Hold up a worker that gets all the work, so that a fault's target gets some.
