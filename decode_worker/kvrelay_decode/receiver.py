@@ -165,9 +165,11 @@ class KvReceiver:
                     if receive.done:
                         receive = self._kit.transport.receive(self._tag, staging.view)
             finally:
-                # Confirmed before the staging buffer goes back and the caller frees the blocks.
-                await to_the_end(receive.cancel())
-                self._kit.transport.end(self._tag)
+                try:
+                    # Confirmed before the staging buffer goes back and the caller frees the blocks.
+                    await to_the_end(receive.cancel())
+                finally:  # cancelled again meanwhile: late messages are to be turned away all the same
+                    self._kit.transport.end(self._tag)
 
     async def _turn(self, receive: Receive, buffer: memoryview) -> Received | None:
         try:

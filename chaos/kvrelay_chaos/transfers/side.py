@@ -5,7 +5,6 @@
 """
 
 import asyncio
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -210,11 +209,6 @@ class Side:
         except AssertionError as error:
             found.append(str(error))
         return found
-
-
-def open_descriptors() -> int:
-    """File descriptors of this process."""
-    return len(os.listdir("/proc/self/fd"))
 
 
 async def outcome_of(task: "asyncio.Task[Received] | asyncio.Task[None]") -> BaseException | None:
