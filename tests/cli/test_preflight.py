@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvrelay.cli import stack
+from kvrelay.cli import settings, stack
 from kvrelay.cli.main import main
 from kvrelay.cli.preflight import count_parameters
 from kvrelay_infra.host import Memory, free_port
@@ -97,12 +97,13 @@ def test_a_folder_that_is_no_usable_model(case, model_dir, capsys):
     assert_one_line(capsys, message)
 
 
-def assert_one_line(capsys, message: str) -> None:
+def assert_one_line(capsys, message: str) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
     assert line.startswith("kvrelay: ")
     assert message in line
+    return line
 
 
 def test_a_missing_folder(tmp_path, capsys):
@@ -149,6 +150,34 @@ def test_an_environment_without_a_usable_transport(model_dir, capsys, monkeypatc
     monkeypatch.setenv("UCX_TLS", "sm")
     assert up(model_dir) == 9
     assert_one_line(capsys, "UCX_TLS='sm'")
+
+
+def test_a_required_transport_that_ucx_does_not_choose(model_dir, capsys):
+    assert up(model_dir, "--require-transport", "cuda_ipc,rc") == 9
+    line = assert_one_line(capsys, "--require-transport cuda_ipc,rc: UCX chose tcp/")
+    assert "UCX_TLS" in line
+    assert "UCX_NET_DEVICES" in line
+
+
+def test_a_worker_of_its_own_checks_the_required_transport_before_it_loads(
+    model_dir, capsys, monkeypatch
+):
+    for name in settings.thread_environment(1):
+        monkeypatch.setenv(name, "1")  # and restore what the command sets
+    arguments = ["--join", "127.0.0.1:1", "--require-transport", "rc"]
+    assert main(["decode", str(model_dir), *arguments]) == 9
+    assert_one_line(capsys, "--require-transport rc: UCX chose tcp/")
+
+
+def test_a_required_transport_that_ucx_chooses(model_dir, no_process_starts):
+    with pytest.raises(no_process_starts):
+        up(model_dir, "--require-transport", "rc,tcp")
+
+
+@pytest.mark.parametrize("wrong", ["tcp,", "rc/mlx5", "a&b=c"])
+def test_a_required_transport_is_a_name(model_dir, capsys, wrong):
+    assert up(model_dir, "--require-transport", wrong) == 2
+    assert_one_line(capsys, f"--require-transport {wrong} must be names such as cuda_ipc or rc,dc")
 
 
 def test_too_little_memory_names_what_fits(model_dir, capsys, monkeypatch, no_process_starts):

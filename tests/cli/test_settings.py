@@ -30,7 +30,7 @@ def test_every_flag_has_a_variable():
     samples = {"model": "/m", "revision": "main", "served_model_name": "m", "tls_cert": __file__,
                "tls_key": __file__, "log_requests": "1", "api_key": "k", "join_token": "t",
                "host": "::1", "join_host": "::1", "device": "cpu", "dtype": "float32",
-               "transport": "ucx", "quantization": "int8", "staging_buffers": "2", "kv_memory": "2MiB",
+               "transport": "ucx", "require_transport": "rc, tcp", "quantization": "int8", "staging_buffers": "2", "kv_memory": "2MiB",
                "staging": "1MiB", "max_body": "1MiB"}  # fmt: skip
     for flag in STACK_FLAGS:
         text = samples.get(flag.dest, "3")

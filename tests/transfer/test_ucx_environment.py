@@ -3,13 +3,24 @@
 import asyncio
 import os
 import sys
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvrelay_protocol.errors import TransportMisconfigured
+from kvrelay_protocol.errors import PeerLost, TransportMisconfigured
 from kvrelay_transfer.transport import create_transport
-from kvrelay_transfer.ucx_env import UcxOptions, check_devices, check_tls, ucx_config
+from kvrelay_transfer.ucx_env import (
+    UcxOptions,
+    carries,
+    check_devices,
+    check_resources,
+    check_tls,
+    ucx_config,
+)
 
+SHARED = ("sm", "shm", "mm", "posix", "sysv", "cma", "xpmem", "knem", "\\cma", "cma:aux")
 START = """
 import asyncio, sys
 from kvrelay_protocol.errors import TransportMisconfigured
@@ -50,6 +61,10 @@ async def start(
     [
         ({"UCX_TLS": "sm"}, ["UCX_TLS='sm'", "unset it", "tcp"]),
         ({"UCX_TLS": "cma,tcp"}, ["UCX_TLS='cma,tcp'", "UCX_TLS=tcp"]),
+        ({"UCX_TLS": "posix"}, ["UCX_TLS='posix'", "cma aborts this process", "UCX_TLS=tcp"]),
+        ({"UCX_TLS": "tcp,\\cma"}, ["names shared memory (\\cma)", "UCX_TLS=tcp"]),
+        ({"UCX_TLS": "tcp,mm:aux"}, ["names shared memory (mm:aux)", "UCX_TLS=tcp"]),
+        ({"UCX_TLS": "^all"}, ["UCX_TLS='^all,sm'", "unset"]),
         ({"UCX_TLS": "self"}, ["UCX_TLS='self'", "unset"]),
         ({"UCX_TLS": "rc_nonsense"}, ["UCX_TLS='rc_nonsense'", "unset"]),
         ({"UCX_NET_DEVICES": "mlx9_9:1"}, ["UCX_NET_DEVICES='mlx9_9:1'", "lo", "Unset"]),
@@ -65,7 +80,16 @@ async def test_a_poisoned_variable_is_named_with_its_value_and_the_fix(env, word
     assert err == ""
 
 
-@pytest.mark.parametrize("env", [{}, {"UCX_TLS": "tcp"}, {"UCX_TLS": "all"}, {"UCX_TLS": "^cma"}])
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        *(
+            {"UCX_TLS": value}
+            for value in ("tcp", "all", " all", "^cma", "^posix", "^sm", "tcp,all")
+        ),
+    ],
+)
 async def test_a_sane_environment_starts(env):
     code, out, err = await start(env)
     assert (code, err) == (0, "")
@@ -84,7 +108,46 @@ async def test_an_exit_without_close_is_clean_and_quick(end: str):
 async def test_a_required_fabric_that_is_absent_is_refused():
     code, out, _ = await start({}, uri="ucx://?require=rc,dc")
     assert code == 0
-    assert "requires one of rc, dc, but UCX chose tcp/" in out
+    assert out.startswith("refused: --require-transport rc,dc: UCX chose tcp/")
+    assert all(word in out for word in ("UCX_TLS='^sm'", "UCX_NET_DEVICES='all'")), out
+
+
+async def test_a_required_fabric_that_is_there_starts():
+    code, out, err = await start({}, uri="ucx://?require=rc,tcp")
+    assert (code, err) == (0, "")
+    assert out.startswith("started: tcp/")
+
+
+@pytest.mark.parametrize(
+    ("lanes", "names", "met"),
+    [
+        ("tcp/lo", "tcp", True),
+        ("tcp/lo", "rc, tcp", True),
+        ("tcp/lo", "rc", False),
+        ("rc_mlx5/mlx5_0:1+tcp/eth0", "rc", True),
+        ("rc_mlx5/mlx5_0:1", "rc_mlx5", True),
+        ("rc_mlx5/mlx5_0:1", "rc_verbs,dc", False),
+        ("cuda_copy/cuda+tcp/lo", "cuda_ipc", False),
+        ("cuda_ipc/cuda+tcp/lo", "cuda_ipc", True),
+        ("dc_mlx5/mlx5_0:1", "d", False),
+        ("", "tcp", False),
+    ],
+)
+def test_a_transport_goes_by_its_name_or_that_of_its_family(lanes: str, names: str, met: bool):
+    assert carries(lanes, names) is met
+
+
+async def test_a_peer_reached_by_less_than_was_required_is_given_up():
+    """What two workers of one process use says nothing about another host."""
+    strict = create_transport("ucx://?require=tcp")
+    other = create_transport("ucx://")
+    await strict.start()
+    await other.start()
+    strict.options = replace(strict.options, require="rc")
+    with pytest.raises(PeerLost, match="--require-transport rc: UCX chose tcp/"):
+        await strict.send(other.address, 1, bytes(100_000))
+    await strict.abort()
+    await other.abort()
 
 
 async def test_an_argument_beats_the_environment():
@@ -97,6 +160,8 @@ async def test_an_argument_beats_the_environment():
     [
         ("", "^sm"),
         ("all", "^sm"),
+        (" all ", "^sm"),
+        (" ^ cma", "^cma,sm"),
         ("^cma", "^cma,sm"),
         ("^sm", "^sm"),
         ("rc,cuda_copy,cuda_ipc", "rc,cuda_copy,cuda_ipc"),
@@ -111,6 +176,39 @@ def test_the_policy_never_contains_shared_memory(value: str, policy: str):
 def test_a_list_with_shared_memory_or_nothing_is_refused(value: str):
     with pytest.raises(TransportMisconfigured, match="UCX_TLS"):
         check_tls("UCX_TLS", value)
+
+
+@given(
+    st.lists(st.sampled_from(["tcp", "rc", "all", "", " ", *SHARED]), min_size=1, max_size=4),
+    st.sampled_from(["", "^", " ^", "^ "]),
+    st.sampled_from([",", " ,", ", "]),
+)
+def test_no_list_lets_shared_memory_in(names: list[str], sign: str, comma: str):
+    value = sign + comma.join(names)
+    try:
+        policy = check_tls("UCX_TLS", value)
+    except TransportMisconfigured:
+        return
+    listed = policy.removeprefix("^").split(",")
+    if policy.startswith("^"):
+        assert "sm" in listed
+    else:
+        assert policy != "all"
+        assert not set(listed) & set(SHARED)
+
+
+def test_what_was_opened_in_the_end_has_the_last_word():
+    check_resources(["tcp/lo", "self/memory", "cuda_ipc/cuda"])
+    with pytest.raises(TransportMisconfigured, match=r"shared memory \(cma/memory, posix/memory\)"):
+        check_resources(["tcp/lo", "posix/memory", "cma/memory"])
+
+
+async def test_ucx_says_what_it_opened():
+    started = create_transport("ucx://?tls=tcp")
+    await started.start()
+    assert set(started._worker.resources) >= {"tcp/lo"}
+    assert all(each.startswith("tcp/") for each in started._worker.resources)
+    await started.abort()
 
 
 def test_devices_that_exist_are_accepted():

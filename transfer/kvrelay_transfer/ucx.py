@@ -51,7 +51,7 @@ from .transport import (
     readable_bytes,
     writable_bytes,
 )
-from .ucx_env import UcxOptions, ucx_config
+from .ucx_env import UcxOptions, carries, check_resources, ucx_config
 from .ucx_worker import Endpoint, Op, UcxWorker, load_ucx
 
 logger = logging.getLogger(__name__)
@@ -187,30 +187,38 @@ class UcxTransport(KVTransport):
         fix = "unset both, or name a transport and a device that exist here (UCX_TLS=tcp)"
         try:
             self._worker = UcxWorker(config, self._check_peers)
+            check_resources(self._worker.resources)
             self.self_test_lanes = await self._worker.self_test()
         except Exception as error:
             self._drop_worker()
             raise TransportMisconfigured(
                 f"UCX does not work with {hint}: {error}; {fix}"
             ) from error
-        self._check_required()
+        self._check_required(hint)
         own = self._worker.address
         self._address = _ADDRESS.pack(_ADDRESS_MAGIC, self._ident, self._control_tag) + own
         for _ in range(_POSTED_CONTROLS):
             self._post_control(memoryview(bytearray(_CONTROL_BYTES)))
-        logger.info("UCX transport started", extra={"ucx_lanes": self.self_test_lanes})
+        logger.info("UCX transport started over %s", self.self_test_lanes)
 
-    def _check_required(self) -> None:
-        wanted = [name for name in self.options.require.split(",") if name]
-        lanes = self.self_test_lanes
-        if wanted and not any(
-            lane.split("_")[0].startswith(n) for n in wanted for lane in lanes.split("+")
-        ):
+    def _check_required(self, hint: str) -> None:
+        wanted, lanes = self.options.require, self.self_test_lanes
+        if wanted and not carries(lanes, wanted):
             self._drop_worker()
             raise TransportMisconfigured(
-                f"ucx:// requires one of {', '.join(wanted)}, but UCX chose {lanes}; "
-                "check drivers, UCX_TLS and UCX_NET_DEVICES, or drop the option `require`"
+                f"--require-transport {wanted}: UCX chose {lanes} with {hint}; "
+                "check drivers, UCX_TLS and UCX_NET_DEVICES, or demand what is there"
             )
+
+    def _on_welcome(self, remote: _Peer) -> None:
+        """Connected both ways: what UCX chose for this peer is final."""
+        lanes = self.transport_of(remote.address)
+        logger.info("peer %016x is reached over %s", remote.ident, lanes)
+        wanted = self.options.require
+        if wanted and lanes and not carries(lanes, wanted):
+            reason = f"--require-transport {wanted}: UCX chose {lanes} for it"
+            logger.error("peer %016x is given up: %s", remote.ident, reason)
+            self._lose(remote, reason)
 
     def transport_of(self, peer: bytes) -> str:
         ident = _ADDRESS.unpack_from(peer)[1] if len(peer) >= _ADDRESS.size else 0
@@ -581,6 +589,8 @@ class UcxTransport(KVTransport):
                 piece = int.from_bytes(payload, "little")
                 if piece > 0 and extra > 0:
                     self._arrived(_Announced(value, extra, remote, number, piece))
+            case _Kind.WELCOME:
+                self._on_welcome(remote)
             case _Kind.READY if sending is not None:
                 sending.data_tag = value
                 self._pump(remote, sending)

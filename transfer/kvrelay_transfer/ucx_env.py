@@ -7,7 +7,7 @@ outlive its peers, and a killed one must leave no segment in /dev/shm.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -97,18 +97,45 @@ def ucx_config(options: UcxOptions, environ: Mapping[str, str] | None = None) ->
     }
 
 
+def carries(lanes: str, names: str) -> bool:
+    """Whether one of the transports in `lanes` goes by one of these names.
+
+    Args:
+        lanes: what UCX chose, such as "rc_mlx5/mlx5_0:1+tcp/eth0".
+        names: comma-separated, UCX's own ("rc_mlx5", "cuda_ipc", "tcp") or of a family ("rc", "dc").
+    """
+    chosen = [lane.partition("/")[0] for lane in lanes.split("+")]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    return any(have == want or have.startswith(f"{want}_") for have in chosen for want in wanted)
+
+
+def check_resources(resources: Iterable[str]) -> None:
+    """What UCX has opened, such as "tcp/lo", after all: the last word on shared memory.
+
+    Raises:
+        TransportMisconfigured: shared memory is among it, whatever let it in.
+    """
+    shared = {each for each in resources if each.partition("/")[0] in _SHARED_MEMORY}
+    if shared:
+        raise TransportMisconfigured(
+            f"it opened shared memory ({', '.join(sorted(shared))}), which can't survive the death of "
+            "a peer (cma aborts this process)"
+        )
+
+
 def check_tls(source: str, value: str) -> str:
     """The transport list to give to UCX for an inherited or configured one.
 
     Raises:
         TransportMisconfigured: a positive list that names shared memory, or one without a name.
     """
-    names = [name.strip() for name in value.removeprefix("^").split(",") if name.strip()]
-    if value in ("", "all"):
+    text = value.strip()
+    names = [name.strip() for name in text.removeprefix("^").split(",") if name.strip()]
+    if text in ("", "all"):
         return "^sm"
     if not names:
         raise TransportMisconfigured(f"{source}={value!r} names no transport; unset it or use tcp")
-    if value.startswith("^"):
+    if text.startswith("^"):
         return "^" + ",".join(dict.fromkeys([*names, "sm"]))
     shared = [name for name in names if name.split(":")[0].lstrip("\\") in _SHARED_MEMORY]
     if shared:

@@ -43,6 +43,7 @@ _SAFETY_PERIOD_S = 0.2
 """Progress is made this often even if no event says so: some UCX transports raise none."""
 _SELF_TEST_S = 5.0
 _CLOSE_S = 2.0
+_RESOURCE = re.compile(r"resource \d+\s.*-- (\S+)")
 _LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+?)(?:\.\d+)?\s")
 
 
@@ -74,6 +75,7 @@ class _Native:
             # void ucxx::Request::cancel(): the binding calls it from a destructor only.
             self.cancel = getattr(ucxx, "_ZN4ucxx7Request6cancelEv")  # noqa: B009 - mangled name
             self._print_info = ucp.ucp_ep_print_info
+            self._print_context = ucp.ucp_context_print_info
             self._destroy, self._cleanup = ucp.ucp_worker_destroy, ucp.ucp_cleanup
         except (OSError, AttributeError) as error:
             raise TransportMisconfigured(
@@ -81,6 +83,7 @@ class _Native:
             ) from error
         self.cancel.argtypes, self.cancel.restype = [ctypes.c_void_p], None
         self._print_info.argtypes, self._print_info.restype = [ctypes.c_void_p] * 2, None
+        self._print_context.argtypes, self._print_context.restype = [ctypes.c_void_p] * 2, None
         self._destroy.argtypes, self._destroy.restype = [ctypes.c_void_p], None
         self._cleanup.argtypes, self._cleanup.restype = [ctypes.c_void_p], None
         self._libc = ctypes.CDLL(None)
@@ -99,13 +102,20 @@ class _Native:
 
     def lanes(self, handle: int) -> str:
         """The transports of an endpoint, such as "tcp/eth0", joined by "+" where several."""
+        return "+".join(dict.fromkeys(_LANE.findall(self._printed(self._print_info, handle))))
+
+    def resources(self, context: int) -> list[str]:
+        """What a context may use, such as "tcp/eth0"."""
+        return _RESOURCE.findall(self._printed(self._print_context, context))
+
+    def _printed(self, print_info: Callable[[int, Any], None], handle: int) -> str:
         text, size = ctypes.c_void_p(), ctypes.c_size_t()
         stream = self._libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
-        self._print_info(handle, stream)
+        print_info(handle, stream)
         self._libc.fclose(stream)
         info = ctypes.string_at(text, size.value).decode(errors="replace")
         self._libc.free(text)
-        return "+".join(dict.fromkeys(_LANE.findall(info)))
+        return info
 
 
 class Op:
@@ -194,6 +204,11 @@ class UcxWorker:
         self._fd: int = self._worker.epoll_file_descriptor
         self._loop.add_reader(self._fd, self._progress)
         self._safety = self._loop.call_later(_SAFETY_PERIOD_S, self._on_safety)
+
+    @property
+    def resources(self) -> list[str]:
+        """The transports and devices that UCX has opened, such as "tcp/eth0"."""
+        return self.native.resources(self._context.handle)
 
     @property
     def address(self) -> bytes:

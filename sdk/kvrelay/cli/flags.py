@@ -151,6 +151,14 @@ def api_key(value: str) -> str:
     return value
 
 
+def names(value: str) -> str:
+    """Names of transports, comma-separated."""
+    items = [item.strip() for item in value.split(",")]
+    if not all(item and item.replace("_", "").isalnum() for item in items):
+        raise ValueError("must be names such as cuda_ipc or rc,dc")
+    return ",".join(items)
+
+
 def device(value: str) -> str:
     """auto, cpu or cuda; with a number behind it, the device of that index."""
     kind, colon, index = value.partition(":")

@@ -1,5 +1,6 @@
 """What can be known before any process starts, each answer one clear line and its own exit code."""
 
+import asyncio
 import json
 import math
 import struct
@@ -136,15 +137,34 @@ def check_device(device: str, gpus: int) -> None:
         raise DeviceUnavailable(f"--device {device}: this machine has {gpus} GPU(s), from cuda:0")
 
 
-def check_transport() -> None:
-    """Refuse an environment that leaves UCX no usable transport, before a worker finds out.
+def transport_uri(values: SimpleNamespace) -> str:
+    """What a worker's transport is made from."""
+    if not values.require_transport:
+        return str(values.transport)
+    return f"{values.transport}://?require={values.require_transport}"
+
+
+def check_transport(values: SimpleNamespace) -> None:
+    """Refuse an environment that leaves UCX no usable transport, before a worker has loaded a model.
+
+    Where a transport is required, one is started and closed again: a quarter of a second.
 
     Raises:
-        TransportMisconfigured: naming the variable.
+        TransportMisconfigured: naming the variable; what was required and what UCX chose.
     """
     from kvrelay_transfer.ucx_env import UcxOptions, ucx_config
 
     ucx_config(UcxOptions())
+    if values.require_transport:
+        asyncio.run(_start_and_close(transport_uri(values)))
+
+
+async def _start_and_close(uri: str) -> None:
+    from kvrelay_transfer.transport import create_transport
+
+    transport = create_transport(uri)
+    await transport.start()
+    await transport.close()
 
 
 def check_tls(values: SimpleNamespace) -> None:

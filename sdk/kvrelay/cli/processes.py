@@ -4,7 +4,13 @@ import os
 import socket
 from types import SimpleNamespace
 
-from kvrelay.cli.preflight import check_device, check_ports, check_tls
+from kvrelay.cli.preflight import (
+    check_device,
+    check_ports,
+    check_tls,
+    check_transport,
+    transport_uri,
+)
 from kvrelay.cli.settings import own_thread_setting, set_threads
 from kvrelay_infra.host import count_gpus, read_cores
 from kvrelay_protocol.errors import DeviceUnavailable, UsageError
@@ -68,6 +74,7 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
         threads = read_cores()
     # Before torch is imported: OpenMP reads its limit once.
     set_threads(threads)
+    check_transport(values)
 
     from kvrelay_engine.runtime.config import WorkerConfig
 
@@ -89,7 +96,7 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
         max_model_len=values.max_model_len,
         max_batch_tokens=values.max_batch_tokens,
         max_sequences=values.max_sequences,
-        transport=values.transport,
+        transport=transport_uri(values),
         threads=threads,
         staging_bytes=values.staging,
         staging_buffers=values.staging_buffers,

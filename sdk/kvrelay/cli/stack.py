@@ -55,7 +55,7 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
     from kvrelay_engine.models.dtypes import DTYPE_BYTES, resolve_dtype
 
     check_tls(values)
-    check_transport()
+    check_transport(values)
     gpus = count_gpus() if values.device.startswith(("cuda", "auto")) else 0
     check_device(values.device, gpus)
     check_ports(

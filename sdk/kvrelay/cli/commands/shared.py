@@ -13,6 +13,7 @@ from kvrelay.cli.flags import (
     duration,
     existing_file,
     integer,
+    names,
     size,
     text,
 )
@@ -118,6 +119,8 @@ ENGINE = (
 
 TRANSFER = (
     Flag("--transport", "how KV blocks travel", choice("ucx"), "ucx", "transfer", "NAME"),
+    Flag("--require-transport", "do not start unless UCX chose one of these: cuda_ipc, rc, tcp",
+         names, None, "transfer", "NAME[,NAME]"),
     Flag("--staging", "one staging buffer, the largest message", size(64 * 1024), 4 * MiB,
          "transfer", "SIZE"),
     Flag("--staging-buffers", "staging buffers per worker", integer(2), 32, "transfer", "N"),
