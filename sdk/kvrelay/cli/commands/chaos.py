@@ -5,9 +5,13 @@ from types import SimpleNamespace
 
 from kvrelay.cli.command import Command
 from kvrelay.cli.commands.shared import ENGINE, MODEL, TRANSFER, MiB
-from kvrelay.cli.flags import Flag, boolean, duration, existing_file, integer, text
+from kvrelay.cli.flags import Flag, boolean, choice, duration, existing_file, integer, text
+
+_SCENARIOS = ("load", "transfers")
 
 _FAULTS = (
+    Flag("--scenario", "load: a whole stack, broken while it answers; transfers: single ones, without it",
+         choice(*_SCENARIOS), "load", "faults", "|".join(_SCENARIOS)),
     Flag("--faults", "how many", integer(1), 1000, "faults", "N"),
     Flag("--seed", "of the plan, the questions and the clients", integer(0), 0, "faults", "S"),
     Flag("--duration", "spread the faults over this time; 0: as close as the stack can take them",
@@ -38,6 +42,16 @@ _LOAD = (
 )  # fmt: skip
 
 
+_TRANSFERS = (
+    Flag("--kills", "transfers of which one side is killed; 0: none", integer(0), 500,
+         "scenario transfers", "N"),
+    Flag("--flips", "transfers with a flipped bit; 0: none", integer(0), 10000,
+         "scenario transfers", "N"),
+    Flag("--answers", "answers over transfers with a flipped bit; 0: none", integer(0), 500,
+         "scenario transfers", "N"),
+)  # fmt: skip
+
+
 _ENGINE = tuple(
     replace(flag, default=24 * MiB) if flag.name == "--kv-memory" else flag for flag in ENGINE
 )
@@ -45,6 +59,10 @@ _ENGINE = tuple(
 
 
 def _run(values: SimpleNamespace) -> int:
+    if values.scenario == "transfers":
+        from kvrelay_chaos.transfers.command import run_transfers
+
+        return run_transfers(values)
     from kvrelay_chaos.run import run_chaos
 
     return run_chaos(values)
@@ -53,7 +71,7 @@ def _run(values: SimpleNamespace) -> int:
 CHAOS = Command(
     "chaos",
     "Break a stack of its own under load, and prove that nothing came of it.",
-    (*_FAULTS, *_LOAD, *_STACK, *MODEL, *_ENGINE, *TRANSFER),
+    (*_FAULTS, *_TRANSFERS, *_LOAD, *_STACK, *MODEL, *_ENGINE, *TRANSFER),
     _run,
     epilog="Every answer is compared with that of the stack before the first fault. The same seed\n"
     "gives the same plan; how it falls in with the requests differs from run to run.\n"
