@@ -91,6 +91,17 @@ async def test_a_router_that_restarts_is_found_again_and_gets_nothing_old(router
     assert numbers(router.sessions[-1]) == [2]
 
 
+async def test_a_router_that_is_back_is_found_by_the_next_try(router, link, until):
+    await link.joined.wait()
+    await router.stop()
+    gone_at = link.session
+    await until(lambda: link.session > gone_at + 6)  # failures enough for gRPC to hesitate
+    await router.start()
+    back_at = link.session
+    await until(link.joined.is_set)
+    assert link.session <= back_at + 1  # the one under way may have come too early
+
+
 async def test_a_refusal_ends_the_link_with_the_routers_reason(router):
     error = pb.Error(code="layout_mismatch", message="dtype: 'a' here, 'b' there")
     router.answer = pb.RouterMessage(refused=pb.Refused(error=error))
