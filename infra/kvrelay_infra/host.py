@@ -7,12 +7,14 @@ limit counts.
 
 import errno
 import os
+import random
 import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+_FIRST_PORT, _PORTS_TRIED = 10_000, 100
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number close to 2**63
 
 
@@ -96,11 +98,27 @@ def query_nvidia_smi(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def free_port(host: str) -> int:
-    """A port nobody listens on at the moment."""
+def free_port(host: str, root: Path = Path("/")) -> int:
+    """A port nobody listens on at the moment.
+
+    It lies below the kernel's range for the local ends of connections, where there is room: a server that
+    is started again on its port must not find somebody's connection there.
+    """
+    for port in random.sample(_own_ports(root), _PORTS_TRIED):
+        if port_problem(host, port) is None:
+            return port
     with _socket_for(host) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def _own_ports(root: Path) -> range:
+    try:
+        text = (root / "proc/sys/net/ipv4/ip_local_port_range").read_text()
+        end = max(int(text.split()[0]), _FIRST_PORT + _PORTS_TRIED)
+    except (OSError, ValueError, IndexError):
+        end = 32768  # Linux's default
+    return range(_FIRST_PORT, end)
 
 
 def port_problem(host: str, port: int) -> OSError | None:

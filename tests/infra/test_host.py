@@ -3,6 +3,8 @@
 import socket
 from pathlib import Path
 
+import pytest
+
 from kvrelay_infra import host
 
 GIB = 1024**3
@@ -95,3 +97,22 @@ def test_an_unknown_host_is_a_problem_but_not_a_taken_port():
     problem = host.port_problem("no.such.host.invalid", 80)
     assert problem is not None
     assert not host.is_port_taken(problem)
+
+
+_RANGE = "proc/sys/net/ipv4/ip_local_port_range"
+
+
+@pytest.mark.parametrize(
+    ("setting", "limit"), [("20000\t60999\n", 20_000), ("", 32_768), ("nonsense", 32_768)]
+)
+def test_a_free_port_is_none_that_the_kernel_gives_to_connections(tmp_path, setting, limit):
+    tree(tmp_path, {_RANGE: setting})
+    ports = {host.free_port("127.0.0.1", tmp_path) for _ in range(20)}
+    assert all(10_000 <= port < limit for port in ports)
+    assert len(ports) > 1
+
+
+def test_a_kernel_that_takes_all_ports_for_connections_still_leaves_one(tmp_path):
+    tree(tmp_path, {_RANGE: "1024\t65535\n"})
+    port = host.free_port("127.0.0.1", tmp_path)
+    assert host.port_problem("127.0.0.1", port) is None
