@@ -11,7 +11,7 @@ from kvrelay_engine.sequence import SequenceSpec
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import CorruptFrame, DeadlineExceeded, LeaseLost, StaleFrame
 from kvrelay_protocol.trace import TraceContext
-from kvrelay_transfer.frames import Expected, Frame, FrameKind, open_frame
+from kvrelay_transfer.frames import Expected, Frame, FrameHeader, FrameKind, open_frame
 from kvrelay_transfer.kit import TransferKit, to_the_end
 from kvrelay_transfer.layout import DTYPE_CODES, Piece, WireFormat
 from kvrelay_transfer.lease import (
@@ -189,7 +189,7 @@ class KvReceiver:
         self._count(taken, nbytes)
         frame, header = taken.frame, taken.frame.header
         if header.kind is FrameKind.KV_GROUP:
-            self.lease.kv_message(header.sequence, header.layer_count * header.token_count)
+            self.lease.kv_message(header.sequence, _piece_of(header))
             return None
         verdict = self.lease.handover(header.total_messages - 1)
         self._obey(verdict)
@@ -226,14 +226,13 @@ class KvReceiver:
         return _Taken(frame, time.monotonic() - begun)
 
     def _write(self, frame: Frame) -> None:
-        header = frame.header
-        piece = Piece(
-            header.layer_start, header.layer_count, header.token_start, header.token_count
-        )
+        header, piece = frame.header, _piece_of(frame.header)
         heads = range(header.head_start, header.head_start + header.head_count)
         self._check(frame, piece, heads)
         if self.lease.has(header.sequence):
             return
+        if self.lease.overlaps(piece):
+            raise StaleFrame(f"message {header.sequence} brings KV that is here already: {piece}")
         copied = self._scatter(frame, piece, heads)
         # Too late to keep damage out of the blocks, in time to keep it from counting as received: the
         # lease's blocks have no reader before all of them do.
@@ -314,3 +313,7 @@ class KvReceiver:
             first_ns=self._first_ns,
             events=message_events(self._notes, handover, self._pool.block_size),
         )
+
+
+def _piece_of(header: FrameHeader) -> Piece:
+    return Piece(header.layer_start, header.layer_count, header.token_start, header.token_count)

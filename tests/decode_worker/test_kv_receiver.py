@@ -19,7 +19,7 @@ from kvrelay_protocol.sampling import SamplingParams
 from kvrelay_transfer.frames import HEADER_SIZE, FrameHeader, FrameKind, seal
 from kvrelay_transfer.inproc import InprocTransport
 from kvrelay_transfer.kit import TransferKit
-from kvrelay_transfer.layout import DTYPE_CODES, KvLayout
+from kvrelay_transfer.layout import DTYPE_CODES, KvLayout, Piece
 from kvrelay_transfer.lease import MAX_RESENDS, LeaseId, ReceiveState
 from kvrelay_transfer.staging import StagingBuffers
 from kvrelay_transfer.ticket import frame_key
@@ -139,7 +139,7 @@ def test_a_damaged_repeat_is_not_written_over_verified_blocks(source):
     pool, buffer = make_pool(), frame_of(source)
     receiver = make_receiver(pool)
     receiver._take(memoryview(buffer), len(buffer))
-    receiver.lease.kv_message(0, pool.num_layers * len(PROMPT))
+    receiver.lease.kv_message(0, Piece(0, pool.num_layers, 0, len(PROMPT)))
     before = pool.tensor.clone()
     buffer[HEADER_SIZE + 100] ^= 1
     receiver._take(memoryview(buffer), len(buffer))

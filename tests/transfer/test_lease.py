@@ -125,11 +125,11 @@ def test_a_second_grant_and_a_late_resend_change_nothing():
 def test_states_that_do_not_fit_are_refused():
     receiver = ReceiveLease(IDENTITY, owed=0)
     with pytest.raises(RuntimeError, match="reserved"):
-        receiver.kv_message(0, 1)
+        receiver.kv_message(0, Piece(0, 1, 0, 1))
     receiver.posted()
     assert receiver.handover(0) == Complete()
     with pytest.raises(RuntimeError, match="ready"):
-        receiver.kv_message(0, 1)
+        receiver.kv_message(0, Piece(0, 1, 0, 1))
 
 
 def test_refused_frames_are_counted_apart_and_bounded_together():
@@ -146,9 +146,28 @@ def test_a_record_that_leaves_blocks_out_is_never_complete(sizes):
     receiver = ReceiveLease(IDENTITY, owed=6)
     receiver.posted()
     for number, size in enumerate(sizes):
-        receiver.kv_message(number, size)
+        receiver.kv_message(number, Piece(number, 1, 0, size))
     assert isinstance(receiver.handover(len(sizes)), Abandon)
     assert receiver.state is ReceiveState.RECEIVING
+
+
+@pytest.mark.parametrize(
+    ("piece", "there"),
+    [
+        (Piece(0, 1, 0, 4), True),
+        (Piece(1, 2, 3, 5), True),
+        (Piece(0, 3, 0, 9), True),
+        (Piece(1, 1, 2, 1), True),
+        (Piece(2, 1, 0, 4), False),
+        (Piece(0, 2, 4, 4), False),
+        (Piece(2, 5, 4, 9), False),
+    ],
+)
+def test_kv_that_came_under_another_number_is_recognised(piece, there):
+    receiver = ReceiveLease(IDENTITY, owed=100)
+    receiver.posted()
+    receiver.kv_message(3, Piece(0, 2, 0, 4))
+    assert receiver.overlaps(piece) is there
 
 
 @settings(max_examples=300, deadline=None)
@@ -193,8 +212,8 @@ def test_every_block_arrives_once_or_the_transfer_is_abandoned(
                 verdict = receiver.handover(message.total)
             else:
                 arrived[message.number] = message.piece
-                size = message.piece.layer_count * message.piece.token_count
-                verdict = receiver.kv_message(message.number, size)
+                assert receiver.has(message.number) or not receiver.overlaps(message.piece)
+                verdict = receiver.kv_message(message.number, message.piece)
         if isinstance(verdict, Missing):
             sender.resend(list(verdict.numbers))
             wire += drain(sender)

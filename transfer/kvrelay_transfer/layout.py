@@ -116,6 +116,18 @@ class Piece:
     def tokens(self) -> range:
         return range(self.token_start, self.token_start + self.token_count)
 
+    @property
+    def size(self) -> int:
+        """Tokens times layers."""
+        return self.layer_count * self.token_count
+
+    def overlaps(self, other: "Piece") -> bool:
+        """Whether some token of some layer is in both."""
+        in_layers = self.layer_start < other.layer_end and other.layer_start < self.layer_end
+        return in_layers and (
+            self.token_start < other.tokens.stop and other.token_start < self.tokens.stop
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class WireFormat:

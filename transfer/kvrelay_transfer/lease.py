@@ -240,21 +240,25 @@ class ReceiveLease:
     """Whole, but not of this lease, tenant, model or prompt."""
     record_in_doubt: bool = False
     """A frame was refused and no record came since: it may have been the record, or stand in for it."""
-    _received: dict[int, int] = field(default_factory=dict)
-    """Tokens times layers by message number."""
+    _received: dict[int, Piece] = field(default_factory=dict)
+    """By message number; no two of them overlap."""
 
     def posted(self) -> None:
         """The first receive is posted: the sender may begin."""
         self._expect(ReceiveState.RESERVED)
         self.state = ReceiveState.RECEIVING
 
-    def kv_message(self, number: int, size: int) -> Continue:
-        """Verified message `number` is written to the pool: `size` is its tokens times its layers.
-        A repeat changes nothing.
-        """
+    def kv_message(self, number: int, piece: Piece) -> Continue:
+        """Verified message `number` is written to the pool. A repeat changes nothing."""
         self._expect(ReceiveState.RECEIVING)
-        self._received[number] = size
+        self._received.setdefault(number, piece)
         return Continue()
+
+    def overlaps(self, piece: Piece) -> bool:
+        """Whether a message brought some of this already. Under another number it would count a second
+        time, in the place of KV that never came: those blocks hold what was in them before.
+        """
+        return any(known.overlaps(piece) for known in self._received.values())
 
     def has(self, number: int) -> bool:
         """Whether message `number` is verified and in the pool: a repeat must not be written over it."""
@@ -268,7 +272,7 @@ class ReceiveLease:
         if missing:
             return self._ask(missing)
         # Counting messages is not enough: a sender that left a piece out would count without it.
-        received = sum(self._received.values())
+        received = sum(piece.size for piece in self._received.values())
         if received != self.owed:
             return Abandon(f"{received} layers of tokens came, the prompt has {self.owed}")
         self.state = ReceiveState.READY
