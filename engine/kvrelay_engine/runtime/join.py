@@ -3,9 +3,9 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import grpc
 
@@ -29,6 +29,7 @@ MIN_SILENCE_S = 3.0
 """A busy machine may delay a pulse; below this silence is not a sign of anything."""
 MISSED_PULSES = 3
 _WATCH_S = 0.25
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.WorkerMessage, pb.RouterMessage]"
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
@@ -190,9 +191,10 @@ class JoinLink:
         async with self._channel() as channel:
             outgoing = self._outgoing = Outgoing(pb.WorkerMessage, MAX_QUEUED)
             hello = pb.WorkerMessage(hello=self._handler.hello())
-            call = rpc.FleetStub(channel).Join(_said(hello, outgoing))
+            call = rpc.FleetStub(channel).Join()
             reading = asyncio.ensure_future(self._read(call, on_joined))
             aside = (
+                asyncio.ensure_future(_write(call, hello, outgoing)),
                 asyncio.ensure_future(self._heartbeats()),
                 asyncio.ensure_future(self._watch()),
             )
@@ -208,9 +210,7 @@ class JoinLink:
                 call.cancel()
                 await asyncio.gather(reading, *aside, return_exceptions=True)
 
-    async def _read(
-        self, call: AsyncIterator[pb.RouterMessage], on_joined: Callable[[], None]
-    ) -> None:
+    async def _read(self, call: _Call, on_joined: Callable[[], None]) -> None:
         loop, incoming = asyncio.get_running_loop(), Incoming[pb.RouterMessage]()
         async for message in call:
             self._heard_at = loop.time()
@@ -265,10 +265,14 @@ class JoinLink:
                 self._give_up(f"no sign of life for {now - self._heard_at:.1f} s")
 
 
-async def _said(
-    hello: pb.WorkerMessage, outgoing: Outgoing[pb.WorkerMessage]
-) -> AsyncIterator[pb.WorkerMessage]:
-    """A session from this side. The hello goes alone: it says in which version the rest is meant."""
-    yield hello
+async def _write(
+    call: _Call, hello: pb.WorkerMessage, outgoing: Outgoing[pb.WorkerMessage]
+) -> None:
+    """A session from this side. The hello goes alone: it says in which version the rest is meant.
+
+    A task of our own: gRPC's, which it makes of an iterator, outlives a call that fails by itself.
+    """
+    await call.write(hello)
     while (message := await outgoing.next()) is not None:
-        yield message
+        await call.write(message)
+    await call.done_writing()

@@ -292,7 +292,7 @@ async def test_one_router_that_refuses_is_no_end_and_is_asked_again(
     await until(lambda: len(other.sessions) > 2)
     await with_work(router, process, until)
     other.answer = welcome
-    await until(lambda: other.sessions[-1].received[-1].HasField("heartbeat"))
+    await until(lambda: any(m.HasField("heartbeat") for m in other.sessions[-1].received))
     other.answer = router.answer = pb.RouterMessage(refused=other_refusal())
     for one in (router, other):
         one.sessions[-1].end()
@@ -325,6 +325,8 @@ async def test_a_load_says_what_was_noticed_of_the_streams(router, tmp_path, unt
     process = Process(router, folder=tmp_path)
     await until(lambda: router.sessions)
     router.change = lambda message: [message, message]
-    await until(lambda: router.sessions[0].received[-1].heartbeat.load.repeated_messages)
+    await until(
+        lambda: any(m.heartbeat.load.repeated_messages for m in router.sessions[0].received)
+    )
     process.shutdown.set()
     await process.ended()

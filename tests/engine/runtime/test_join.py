@@ -102,6 +102,17 @@ async def test_a_router_that_is_back_is_found_by_the_next_try(router, link, unti
     assert link.session <= back_at + 1  # the one under way may have come too early
 
 
+async def test_dialling_in_vain_leaves_no_task_behind(router, link, until, monkeypatch):
+    await link.joined.wait()
+    monkeypatch.setattr(join, "REDIAL_S", 0.01)
+    await router.stop()
+    gone_at = link.session
+    await until(lambda: link.session > gone_at + 2)
+    tasks = len(asyncio.all_tasks())
+    await until(lambda: link.session > gone_at + 32)
+    assert len(asyncio.all_tasks()) < tasks + 15  # a session in progress has some
+
+
 async def test_a_refusal_ends_the_link_with_the_routers_reason(router):
     error = pb.Error(code="layout_mismatch", message="dtype: 'a' here, 'b' there")
     router.answer = pb.RouterMessage(refused=pb.Refused(error=error))
