@@ -116,6 +116,7 @@ class PrefillWorker:
     def step(self, batch: Batch) -> StepResult:
         """One engine step; hands each layer group over as soon as it is written. Engine thread."""
         begun = time.monotonic()
+
         def layers_done(first: int, end: int) -> None:
             pieces = [
                 (part.sequence_id, Piece(first, end - first, part.start, len(part.tokens)))
