@@ -19,7 +19,7 @@ class Arrivals:
     def __init__(self, side: Side) -> None:
         (memory,) = side.staging_memory  # of several nobody could tell which one fills
         self._stats = side.kit.transport.stats
-        self._memory = np.frombuffer(memory, np.uint8)
+        self._memory = np.frombuffer(memoryview(memory), np.uint8)
         self._start = self._stats.bytes_received
         self._messages = self._stats.messages_received
         self._before = self._memory.copy()

@@ -74,9 +74,6 @@ def _rows(part: KillReport | FlipReport | AnswerReport) -> dict[str, Any]:
     rows: dict[str, Any] = {"held": part.held}
     match part:
         case KillReport():
-            back = [
-                (f"p{q}" if q < 100 else "max", percentile(part.back_s, q)) for q in (50, 99, 100)
-            ]
             rows |= {
                 "kills": part.kills,
                 "killed": dict(part.killed),
@@ -85,10 +82,12 @@ def _rows(part: KillReport | FlipReport | AnswerReport) -> dict[str, Any]:
                 "untyped errors": len(part.untyped),
                 "next transfer exact": part.exact_afterwards,
                 "outcomes": dict(part.outcomes),
-                "noticed before being told": part.noticed_alone,
                 "bytes of a transfer": part.transfer_bytes,
                 "deaths by tenth of the transfer": part.histogram(),
-                "blocks back after, s": {name: round(value, 4) for name, value in back},
+                "noticed by themselves": len(part.alone_s),
+                "blocks back, s from the kill": _spread(part.alone_s),
+                "told": len(part.told_s),
+                "blocks back, s from the word": _spread(part.told_s),
                 "survivors before and after": part.growth,
             }
         case FlipReport():
@@ -109,6 +108,13 @@ def _rows(part: KillReport | FlipReport | AnswerReport) -> dict[str, Any]:
                 "failures": part.failures[:10],
             }
     return rows | {"seconds": round(part.seconds, 1)}
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {}
+    found = {"p50": percentile(seconds, 50), "p99": percentile(seconds, 99), "max": max(seconds)}
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def _shown(found: object) -> str:

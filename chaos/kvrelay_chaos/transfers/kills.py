@@ -1,6 +1,5 @@
 """`kill -9` at random bytes of transfers over UCX: one side dies each time, the other lives on."""
 
-import math
 import random
 import time
 from collections import Counter
@@ -45,10 +44,10 @@ class KillReport:
     """That had arrived when the signal was sent."""
     outcomes: Counter[str] = field(default_factory=Counter)
     """Of the survivors: class of the error, or `whole` where the last byte had come."""
-    noticed_alone: int = 0
-    """Survivors that had ended before anybody told them."""
-    back_s: list[float] = field(default_factory=list)
-    """From each kill until all of the survivor's blocks and staging buffers were back."""
+    alone_s: list[float] = field(default_factory=list)
+    """Of survivors that noticed by themselves: from the kill until all blocks and buffers were back."""
+    told_s: list[float] = field(default_factory=list)
+    """Of the others: from the word of the control plane until then."""
     exact_afterwards: int = 0
     """Transfers between the survivors after each kill whose KV was right."""
     survivor_deaths: int = 0
@@ -134,7 +133,7 @@ class _Experiment:
             killed = victim.hear(Killed)
             survivor = self._sender
         self._await_death(victim)
-        self._note(side, killed, self._ended(survivor))
+        self._note(side, killed, survivor)
         self._whole_transfer(counted=True)
 
     def look(self) -> None:
@@ -166,22 +165,26 @@ class _Experiment:
                 return
         raise EngineFailed(f"process {victim.pid} outlived SIGKILL")
 
-    def _ended(self, survivor: Child) -> Ended:
-        """The survivor's report; told of the death at once, or only if it does not notice."""
+    def _tell(self, survivor: Child) -> float | None:
+        """Say that the victim is dead, at once or only if it does not notice; when that was."""
         told_at_once = self._rng.random() < 0.5
-        if told_at_once or not survivor.pipe.poll(WORD_AFTER_S):
-            survivor.pipe.send(PeerDied())
-        else:
-            self._report.noticed_alone += 1
-        ended: Ended = survivor.hear(Ended, _LIMIT_S)
-        return ended
+        if not told_at_once and survivor.pipe.poll(WORD_AFTER_S):
+            return None
+        at = time.monotonic()
+        survivor.pipe.send(PeerDied())
+        return at
 
-    def _note(self, side: str, killed: Killed, ended: Ended) -> None:
+    def _note(self, side: str, killed: Killed, survivor: Child) -> None:
         report = self._report
+        told_at = self._tell(survivor)
+        ended: Ended = survivor.hear(Ended, timeout_s=_LIMIT_S)
         report.killed[side] += 1
         report.bytes_at_death.append(killed.bytes_seen)
         report.outcomes[ended.error or "whole"] += 1
-        report.back_s.append(max(0.0, ended.back_at - killed.at))
+        if told_at is None or ended.back_at < told_at:
+            report.alone_s.append(max(0.0, ended.back_at - killed.at))
+        else:
+            report.told_s.append(ended.back_at - told_at)
         report.leaks += ended.leaks
         if not ended.typed:
             report.untyped.append(ended.error)
@@ -199,13 +202,7 @@ class _Experiment:
 
     def _hear_ended(self, receiver: Child) -> Ended:
         while True:
-            heard = receiver.hear(Ended | Resend)
+            heard = receiver.hear(Ended, Resend)
             if isinstance(heard, Ended):
                 return heard
             self._sender.pipe.send(heard)
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value that `share` of all do not exceed; NaN of nothing."""
-    ordered = sorted(values)
-    return ordered[math.ceil(share * len(ordered)) - 1] if ordered else math.nan

@@ -35,8 +35,8 @@ class Child:
     pid: int
     pipe: Connection
 
-    def hear(self, kind: type[Any], timeout_s: float = 60.0) -> Any:
-        """The next report, which must be of this kind.
+    def hear(self, *kinds: type[Any], timeout_s: float = 60.0) -> Any:
+        """The next report, which must be of one of these kinds.
 
         Raises:
             EOFError: the process has ended.
@@ -45,8 +45,8 @@ class Child:
         if not self.pipe.poll(timeout_s):
             raise EngineFailed(f"process {self.pid} said nothing for {timeout_s:g} s")
         heard = self.pipe.recv()
-        if not isinstance(heard, kind):
-            raise EngineFailed(f"process {self.pid} said {heard}, not {kind.__name__}")
+        if not isinstance(heard, kinds):
+            raise EngineFailed(f"process {self.pid} said {heard}, which was not its turn")
         return heard
 
 

@@ -138,22 +138,20 @@ async def _serve(pipe: Connection, shape: Shape, uri: str, seed: int) -> None:
     side = await Side.start(shape, create_transport(uri), staging_count=1, seed=seed)
     party = _Party(side, pipe)
     pipe.send(Ready(side.kit.transport.address))
-    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    loop = asyncio.get_running_loop()
 
     def read() -> None:
         try:
             while pipe.poll():
                 party.obey(pipe.recv())
         except EOFError:
-            over.set()
             loop.remove_reader(pipe.fileno())
+            if not party.over.done():
+                party.over.set_result(None)
 
     loop.add_reader(pipe.fileno(), read)
     try:
-        ended = loop.create_task(over.wait())
-        await asyncio.wait({ended, party.broken}, return_when=asyncio.FIRST_COMPLETED)
-        if party.broken.done():
-            party.broken.result()
+        await party.over
     finally:
         await side.kit.transport.abort()
 
@@ -168,8 +166,8 @@ class _Party:
         self._sender: KvSender | None = None
         self._task: asyncio.Task[Any] | None = None
         self._transfer: asyncio.Task[None] | None = None
-        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Fails with a defect of ours, which ends the process."""
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """When nobody orders any more; fails with a defect of ours."""
 
     def obey(self, order: object) -> None:
         match order:
@@ -197,8 +195,8 @@ class _Party:
 
     def _check(self, transfer: asyncio.Task[None]) -> None:
         error = asyncio.CancelledError() if transfer.cancelled() else transfer.exception()
-        if error is not None and not self.broken.done():
-            self.broken.set_exception(error)
+        if error is not None and not self.over.done():
+            self.over.set_exception(error)
 
     def _say(self, report: object) -> None:
         with self._lock:  # the thread that watches reports too
