@@ -42,6 +42,7 @@ async def serve(
             staging_count=config.staging_buffers,
             staging_bytes=config.staging_bytes,
         )
+    phases.line(f"{'KV travels over':<18} {kit.transport.chosen}")
     telemetry = Telemetry("kvrelay-decode", instance=config.name)
     scheduler = DecodeScheduler(
         engine.allocator,

@@ -2,7 +2,7 @@
 
 Promised: exact answers where the dtypes are equal, whatever the block sizes. Where they differ the KV is
 rounded to the decode worker's dtype, once; answers are then those of neither worker alone, but the same
-every time.
+every time on the same path.
 """
 
 import asyncio

@@ -32,7 +32,7 @@ async def main():
     except TransportMisconfigured as error:
         print("refused:", error)
         return
-    print("started:", transport.self_test_lanes)
+    print("started:", transport.chosen)
     {end}
 asyncio.run(main())
 """

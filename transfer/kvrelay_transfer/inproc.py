@@ -104,6 +104,7 @@ class InprocTransport(KVTransport):
 
     def __init__(self, *, faults: Faults | None = None, max_waiting: int = MAX_WAITING) -> None:
         self.stats = TransportStats()
+        self.chosen = self.scheme
         self._faults = faults or Faults()
         self._mailbox: Mailbox[_Message] = Mailbox(max_waiting)
         self._address = b""

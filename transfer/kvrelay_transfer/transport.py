@@ -98,6 +98,8 @@ class KVTransport(ABC):
 
     scheme: ClassVar[str]
     stats: TransportStats
+    chosen: str
+    """What the first test at `start` went over, such as "tcp/lo"; `transport_of` has the last word."""
 
     @property
     @abstractmethod

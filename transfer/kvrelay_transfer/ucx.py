@@ -157,8 +157,7 @@ class UcxTransport(KVTransport):
     def __init__(self, options: UcxOptions | None = None) -> None:
         self.options = options or UcxOptions()
         self.stats = TransportStats()
-        self.self_test_lanes = ""
-        """What UCX chose between two workers of this process, once started."""
+        self.chosen = ""
         self._ident = secrets.randbits(64)
         self._control_tag = secrets.randbits(64)
         self._mailbox: Mailbox[_Announced] = Mailbox(self.options.max_waiting)
@@ -188,7 +187,7 @@ class UcxTransport(KVTransport):
         try:
             self._worker = UcxWorker(config, self._check_peers)
             check_resources(self._worker.resources)
-            self.self_test_lanes = await self._worker.self_test()
+            self.chosen = await self._worker.self_test()
         except Exception as error:
             self._drop_worker()
             raise TransportMisconfigured(
@@ -199,10 +198,10 @@ class UcxTransport(KVTransport):
         self._address = _ADDRESS.pack(_ADDRESS_MAGIC, self._ident, self._control_tag) + own
         for _ in range(_POSTED_CONTROLS):
             self._post_control(memoryview(bytearray(_CONTROL_BYTES)))
-        logger.info("UCX transport started over %s", self.self_test_lanes)
+        logger.info("UCX transport started over %s", self.chosen)
 
     def _check_required(self, hint: str) -> None:
-        wanted, lanes = self.options.require, self.self_test_lanes
+        wanted, lanes = self.options.require, self.chosen
         if wanted and not carries(lanes, wanted):
             self._drop_worker()
             raise TransportMisconfigured(
