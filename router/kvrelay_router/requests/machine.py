@@ -200,6 +200,12 @@ class RequestMachine:
         return run is not None and run.prefill_open and not run.kv_received
 
     @property
+    def prompt_computed(self) -> bool:
+        """The prefill worker's token is here: what is missing of the KV is on its way, or lost on it."""
+        run = self._run
+        return run is not None and len(self.emitted) > run.offset
+
+    @property
     def lost_at(self) -> float | None:
         """When the attempt was lost whose next token has not come from another one yet."""
         return self._gap_from
@@ -428,8 +434,9 @@ class RequestMachine:
             run.prefill_open = False
             peer = run.path.decode_worker
         # What P can't do D may do alone: P's word is never the last one on a request.
-        transfer = isinstance(error, TransferError)
-        # A transfer error names the other side at least as often as the one that reports it.
+        transfer = isinstance(error, TransferError | LeaseLost)
+        # A transfer error names the other side at least as often as the one that reports it, and a lease
+        # ends because nothing comes over that link: the next try over it would end like this one.
         avoid = {event.worker, peer} if transfer and peer else {event.worker}
         return self._replace(
             event.at,

@@ -228,7 +228,9 @@ class RouterService:
         self._metrics.join_fault("up", "missing")
 
     def _pulse(self, now: float, link: WorkerLink) -> pb.RouterMessage:
-        """Every attempt that `link` must have now, and those of them whose KV nobody is computing."""
+        """Every attempt that `link` must have now, and those of them whose KV nobody is computing: its
+        worker is stuck, or has computed it and it doesn't come.
+        """
         patience = self._config.lease_s / 2
         prefill = (k for k in self._registry.links if k.role is Role.PREFILL)
         stuck = {k.name for k in prefill if now - k.progress_at > patience}
@@ -240,7 +242,9 @@ class RouterService:
                 continue
             live.append(sequence_id)
             path = machine.path
-            if stuck and path and path.prefill_worker in stuck and machine.awaits_kv:
+            if path is None or not machine.awaits_kv:
+                continue
+            if path.prefill_worker in stuck or machine.prompt_computed:
                 stalled.append(sequence_id)
         return pulse_message(live, stalled)
 

@@ -501,7 +501,7 @@ def test_lease_is_opened_once_and_only_while_prefill_is_there() -> None:
 @pytest.mark.parametrize(
     ("error", "local", "avoid"),
     [
-        (errors.LeaseLost("expired"), False, {"D"}),
+        (errors.LeaseLost("expired"), True, {"D", "P"}),
         (errors.Draining("bye"), False, {"D"}),
         (errors.PeerLost("gone"), True, {"D", "P"}),
         (errors.CorruptFrame("bad"), True, {"D", "P"}),

@@ -95,6 +95,20 @@ async def test_kv_that_nobody_computes_is_stalled_until_its_worker_goes_on(make_
     await collect(stream)
 
 
+async def test_kv_that_is_computed_and_does_not_come_is_stalled_though_its_worker_is_idle(
+    make_rig,
+) -> None:
+    rig = await make_rig()
+    await rig.join("p0", "prefill")
+    decode = await rig.join("d0", "decode", hold_lease=True)
+    stream = rig.submit()
+    await decode.until(lambda: bool(decode.open))
+    (sequence_id,) = decode.open
+    await decode.until(lambda: stalled(decode) == {sequence_id})
+    stream.cancel("the test ends")
+    assert tokens_of(await collect(stream)) == answer(PROMPT, 1)
+
+
 async def test_a_prefill_worker_with_nothing_to_compute_is_not_stalled(make_rig) -> None:
     rig = await make_rig(lease_s=0.5)
     prefill = await rig.join("p0", "prefill", hold_prefill=True)
