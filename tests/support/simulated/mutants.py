@@ -76,6 +76,7 @@ def counts_messages_not_tokens(patch: pytest.MonkeyPatch) -> None:
 def writes_repeats_again(patch: pytest.MonkeyPatch) -> None:
     """A second copy of a message overwrites the first, damaged or not."""
     patch.setattr(ReceiveLease, "has", lambda self, number: False)
+    patch.setattr(ReceiveLease, "overlaps", lambda self, piece: False)
 
 
 def frees_the_source_at_the_first_token(patch: pytest.MonkeyPatch) -> None:
