@@ -2,7 +2,7 @@
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,8 @@ class Ledger:
     crashes: list[str] = field(default_factory=list)
     """Processes that ended by themselves."""
     restarts: dict[str, int] = field(default_factory=dict)
+    last_lines: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What each process printed last, of a run that did not pass."""
     growth: Sequence[Growth] = ()
     """Of what the processes take of the machine."""
 
@@ -108,12 +110,26 @@ class Ledger:
         Counted from the first breaking fault after the last piece of the stream, or from that piece where
         there was none between: so it is never less than what the fault cost.
         """
+        return Spread.of(seconds for seconds, _ in self._errors())
+
+    def _errors(self) -> Iterator[tuple[float, Outcome]]:
         breaks = sorted(fired.at for fired in self.fired if fired.breaks)
-        return Spread.of(
-            outcome.ended - _first_after(breaks, outcome.last_sign, outcome.ended)
-            for outcome in self.outcomes
-            if outcome.verdict is Verdict.TYPED_ERROR and outcome.streamed
-        )
+        for outcome in self.outcomes:
+            if outcome.verdict is Verdict.TYPED_ERROR and outcome.streamed:
+                begin = _first_after(breaks, outcome.last_sign, outcome.ended)
+                yield outcome.ended - begin, outcome
+
+    def slowest_errors(self) -> list[dict[str, Any]]:
+        """The errors that took longest, with what fired while the client waited."""
+        slowest = sorted(self._errors(), key=lambda found: found[0], reverse=True)
+        return [
+            {
+                **_described(outcome),
+                "silent_s": round(seconds, 3),
+                "faults": self._breaks_between(outcome.last_sign, outcome.ended),
+            }
+            for seconds, outcome in slowest[:KEPT]
+        ]
 
     def recovery_gap(self) -> Spread:
         """Pauses in streams that another worker carried on."""
@@ -129,14 +145,16 @@ class Ledger:
         return [
             {
                 "seconds": round(gap.seconds, 3),
-                "faults": [
-                    f"{fired.fault.kind} {fired.fault.target}"
-                    for fired in self.fired
-                    if fired.breaks
-                    and gap.began - JUST_BEFORE_S < fired.at < gap.began + gap.seconds
-                ],
+                "faults": self._breaks_between(gap.began, gap.began + gap.seconds),
             }
             for gap in gaps[:KEPT]
+        ]
+
+    def _breaks_between(self, began: float, ended: float) -> list[str]:
+        return [
+            f"{fired.fault.kind} {fired.fault.target} {fired.at - began:+.2f} s"
+            for fired in self.fired
+            if fired.breaks and began - JUST_BEFORE_S < fired.at < ended
         ]
 
     def numbers(self) -> dict[str, Any]:
@@ -155,8 +173,10 @@ class Ledger:
             "time_to_error_s": self.time_to_error(),
             "recovery_gap_s": self.recovery_gap(),
             "longest_gaps": self.longest_gaps(),
+            "slowest_errors": self.slowest_errors(),
             "restarts": dict(self.restarts),
             "crashes": list(self.crashes),
+            "last_lines": {} if self.passed else self.last_lines,
             "growth": list(self.growth),
             "not_good": [_described(outcome) for outcome in self.bad[:KEPT]],
         }

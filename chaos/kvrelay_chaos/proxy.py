@@ -10,7 +10,7 @@ It hands on bytes. A message is parsed only to find one of the kind that an arme
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +23,7 @@ from kvrelay_protocol import fleet_pb2 as pb
 
 Direction: TypeAlias = Literal["up", "down"]
 MessageFault: TypeAlias = Literal["delay", "drop", "duplicate", "reorder"]
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 ANY = "any"
 _HOST = "127.0.0.1"
 _METHOD = "/kvrelay.fleet.v1.Fleet/Join"
@@ -185,14 +186,20 @@ class JoinProxy:
         session = self._session = _Session()
         try:
             async with grpc.aio.insecure_channel(self._router, options=_CHANNEL_OPTIONS) as channel:
-                join = channel.stream_stream(
+                join: Any = channel.stream_stream(
                     _METHOD, request_serializer=None, response_deserializer=None
                 )
-                call = join(self.lanes["up"].through(requests))
-                async for message in self.lanes["down"].through(_until(session.cut, call)):
-                    session.welcomed = True
-                    yield message
-                call.cancel()
+                call: _Call = join()
+                writing = asyncio.create_task(_write(call, self.lanes["up"].through(requests)))
+                try:
+                    async for message in self.lanes["down"].through(_read(call, session.cut)):
+                        session.welcomed = True
+                        yield message
+                finally:
+                    writing.cancel()
+                    call.cancel()
+                    # What ends a session refers to this frame: it must not keep the connection alive.
+                    del call, writing
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details() or "")
         finally:
@@ -202,22 +209,31 @@ class JoinProxy:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the stream was cut")
 
 
-async def _until(stop: asyncio.Event, source: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """Everything of `source` until `stop` is set."""
-    iterator = aiter(source)
-    stopped = asyncio.create_task(stop.wait())
+async def _write(call: _Call, messages: AsyncIterator[bytes]) -> None:
+    # A call that has ended says so to its reader.
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        async for message in messages:
+            await call.write(message)
+        await call.done_writing()
+
+
+async def _read(call: _Call, cut: asyncio.Event) -> AsyncIterator[bytes]:
+    """What the router says, until `cut` is set."""
+    stopped = asyncio.create_task(cut.wait())
+    following: asyncio.Future[Any] | None = None
     try:
         while True:
-            following = asyncio.ensure_future(anext(iterator, None))
+            # Not `async for`: a call and the iterator it makes for that keep each other alive.
+            following = asyncio.ensure_future(call.read())
             await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if stopped.done():
-                following.cancel()
-                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
-                    await following
                 return
             message = following.result()
-            if message is None:
+            if not isinstance(message, bytes):
                 return
             yield message
     finally:
         stopped.cancel()
+        if following is not None:
+            following.cancel()
+        following = None  # as above

@@ -152,6 +152,7 @@ async def _carry_out(
                 await conductor.settle()
             ledger.growth = sampler.growth()
             ledger.restarts = {name: p.restarts for name, p in stack.processes.items()}
+            ledger.last_lines = {name: list(p.log)[-40:] for name, p in stack.processes.items()}
             stubborn = await stack.stop()
         ledger.crashes += [str(ended) for ended in stack.unasked]
         ledger.leaks += [Leak(name, "process that SIGTERM did not end", 1) for name in stubborn]

@@ -39,7 +39,17 @@ def test_gaps_of_all_requests_make_the_recovery_gap():
 
 def test_a_long_gap_names_the_faults_in_it():
     ledger = _ledger(replace(EXACT, gaps=(Gap(5.0, 2.0),)), breaks=(1.0, 4.8, 6.0, 7.5))
-    assert ledger.longest_gaps() == [{"seconds": 2.0, "faults": ["kill_worker decode-0"] * 2}]
+    assert ledger.longest_gaps() == [
+        {"seconds": 2.0, "faults": ["kill_worker decode-0 -0.20 s", "kill_worker decode-0 +1.00 s"]}
+    ]
+
+
+def test_the_slowest_errors_come_first_with_their_codes():
+    late = replace(ERROR, last_sign=2.0, code="deadline_exceeded")
+    first, second = _ledger(ERROR, late, EXACT, breaks=(4.0,)).slowest_errors()
+    assert (first["code"], first["silent_s"]) == ("deadline_exceeded", 6.0)
+    assert first["faults"] == ["kill_worker decode-0 +2.00 s"]
+    assert (second["code"], second["silent_s"]) == ("worker_lost", 3.0)
 
 
 def test_nothing_has_no_percentiles():

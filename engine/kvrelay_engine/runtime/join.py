@@ -171,9 +171,10 @@ class JoinLink:
                 log.warning("given up by the router at %s: %s", self.router, error.details())
             return f"{error.code().name}: {error.details() or ''}"
         except (_Lost, MessageMissing) as lost:
+            why = str(lost)  # and not the error, whose frames refer to the connection
             if self.joined.is_set():
-                log.warning("lost the router at %s: %s", self.router, lost)
-            return str(lost)
+                log.warning("lost the router at %s: %s", self.router, why)
+            return why
         return "it closed the stream"
 
     def _channel(self) -> grpc.aio.Channel:
@@ -209,10 +210,14 @@ class JoinLink:
                     task.cancel()
                 call.cancel()
                 await asyncio.gather(reading, *aside, return_exceptions=True)
+                # What ended the session refers to this frame: it must not keep call and connection alive.
+                del reading, given_up, ends, aside, call, task
+                self._given_up = None
 
     async def _read(self, call: _Call, on_joined: Callable[[], None]) -> None:
         loop, incoming = asyncio.get_running_loop(), Incoming[pb.RouterMessage]()
-        async for message in call:
+        # Not `async for`: a call and the iterator it makes for that keep each other alive.
+        while isinstance(message := await call.read(), pb.RouterMessage):
             self._heard_at = loop.time()
             if not self.joined.is_set():
                 self._answered(message, on_joined)
