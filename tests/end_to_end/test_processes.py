@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import json
 import random
 import re
@@ -16,8 +15,7 @@ import openai
 import psutil
 import pytest
 from server_process import Server, TraceSink, running_server
-from tiny_models import reference_generate, tiny_model
-from tokenizers import Tokenizer
+from tiny_models import reference_chat, tiny_model
 
 from kvrelay import AsyncClient, Client, Finished, KvrelayClientError, TextDelta
 
@@ -56,17 +54,9 @@ def client(server):
         yield opened
 
 
-@functools.cache
 def expected_text(max_tokens: int, question: str = QUESTION[0]["content"]) -> tuple[list[int], str]:
     """Prompt tokens and the text transformers would answer."""
-    folder = tiny_model("llama3")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    (tokens,) = reference_generate(folder, [prompt], max_tokens)
-    return prompt, Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens)
+    return reference_chat(tiny_model("llama3"), question, max_tokens)
 
 
 def test_the_openai_client_gets_the_answer_of_transformers(server, client):

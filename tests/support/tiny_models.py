@@ -140,6 +140,18 @@ def reference_generate(
 
 
 @functools.cache
+def reference_chat(path: Path, question: str, max_new_tokens: int) -> tuple[list[int], str]:
+    """Prompt tokens of a chat with one message, and the greedy text transformers answers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    (tokens,) = reference_generate(path, [prompt], max_new_tokens)
+    return prompt, tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@functools.cache
 def clear_case(
     path: Path, length: int, max_new_tokens: int, *, seed: int = 0, ignore_eos: bool = True
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
