@@ -117,7 +117,7 @@ class KvReceiver:
         self._on_posted = on_posted
         self._on_missing = on_missing
         self._renewed = False
-        self._waiting_first: asyncio.Timeout | None = None
+        self._waiting: asyncio.Timeout | None = None
         self._heard = False
         self._refused: CorruptFrame | StaleFrame | Truncated | None = None
         self._bytes = 0
@@ -132,9 +132,24 @@ class KvReceiver:
         the first call.
         """
         self._renewed = True
-        waiting = self._waiting_first
+        if not self._heard and not self.lease.record_in_doubt:
+            self._wait_for(self._lease_s)
+
+    def all_sent(self) -> None:
+        """The sender has sent everything: what is not here soon has to be asked for."""
+        self.lease.all_sent()
+        if self.lease.record_in_doubt:
+            self._wait_for(self._patience_s)
+
+    @property
+    def _patience_s(self) -> float:
+        """Of a receiver that doubts whether more is on its way."""
+        return min(QUIET_S, self._lease_s)
+
+    def _wait_for(self, seconds: float) -> None:
+        waiting = self._waiting
         if waiting is not None and not waiting.expired():
-            waiting.reschedule(asyncio.get_running_loop().time() + self._lease_s)
+            waiting.reschedule(asyncio.get_running_loop().time() + seconds)
 
     async def run(self) -> Received:
         """Receive until complete.
@@ -199,22 +214,22 @@ class KvReceiver:
 
     async def _next_message(self, receive: Receive) -> int | None:
         """Length of the next message; None when it is quiet and the record is in doubt."""
-        in_doubt = self.lease.record_in_doubt
-        limit: float | None = min(QUIET_S, self._lease_s) if in_doubt else self._lease_s
-        if not self._heard and not self._renewed:
+        limit: float | None = self._lease_s
+        if self.lease.record_in_doubt:
+            limit = self._patience_s
+        elif not self._heard and not self._renewed:
             limit = None
         try:
-            async with asyncio.timeout(limit) as timeout:
-                self._waiting_first = None if self._heard else timeout
+            async with asyncio.timeout(limit) as self._waiting:
                 nbytes = await receive.wait()
         except TimeoutError:
-            if in_doubt:
+            if self.lease.record_in_doubt:
                 return None
             self.lease.expire()
             raise LeaseLost(f"no KV block came for {self._lease_s:g} s") from None
         finally:
             self._heard = self._heard or receive.done
-            self._waiting_first = None
+            self._waiting = None
         return nbytes
 
     def _take(self, buffer: memoryview, nbytes: int) -> _Taken:

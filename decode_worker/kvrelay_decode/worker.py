@@ -96,6 +96,10 @@ class DecodeWorker:
                 self._submit(message.submit_decode, session)
             case "cancel":
                 self._cancel(own_id(session, message.cancel.sequence_id), message.cancel.reason)
+            case "all_sent":
+                sequence = self._sequences.get(own_id(session, message.all_sent.sequence_id))
+                if sequence and sequence.receiver is not None and sequence.transfer is not None:
+                    sequence.receiver.all_sent()
             case other:
                 log.warning("a decode worker got %s from the router; ignored", other)
 

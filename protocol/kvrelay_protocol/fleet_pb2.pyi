@@ -288,7 +288,7 @@ class Drained(_message.Message):
     def __init__(self) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "number")
+    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "all_sent", "number")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +300,7 @@ class RouterMessage(_message.Message):
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     PULSE_FIELD_NUMBER: _ClassVar[int]
+    ALL_SENT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
@@ -312,8 +313,9 @@ class RouterMessage(_message.Message):
     drain: Drain
     batch: RouterBatch
     pulse: Pulse
+    all_sent: AllSent
     number: int
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., all_sent: _Optional[_Union[AllSent, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class RouterBatch(_message.Message):
     __slots__ = ("messages",)
@@ -404,6 +406,12 @@ class ResendKv(_message.Message):
     sequence_id: int
     messages: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, sequence_id: _Optional[int] = ..., messages: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class AllSent(_message.Message):
+    __slots__ = ("sequence_id",)
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    def __init__(self, sequence_id: _Optional[int] = ...) -> None: ...
 
 class ReleaseKv(_message.Message):
     __slots__ = ("sequence_id",)

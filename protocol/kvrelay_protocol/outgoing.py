@@ -25,7 +25,7 @@ LINGER_S = 0.005
 BATCH_BYTES = 1024 * 1024
 """Of the messages in a batch; a larger one goes alone. Far below what the other end accepts."""
 _PATIENT = frozenset(
-    {"sequence_started", "kv_sent", "kv_received", "heartbeat", "release_kv", "pulse"}
+    {"sequence_started", "kv_sent", "kv_received", "heartbeat", "release_kv", "pulse", "all_sent"}
 )
 """Reports, and the permission to let go: no token waits for one of them."""
 

@@ -212,11 +212,11 @@ async def test_every_renewal_moves_the_end_of_a_lease_nothing_came_for(link):
     pool, kit, _ = link
     receiver = new_receiver(pool, kit, lease_s=60.0)
     running = asyncio.create_task(receiver.run())
-    await until(lambda: receiver._waiting_first)
-    ends = [receiver._waiting_first.when()]
+    await until(lambda: receiver._waiting)
+    ends = [receiver._waiting.when()]
     for _ in range(3):
         receiver.renew()
-        ends.append(receiver._waiting_first.when())
+        ends.append(receiver._waiting.when())
         await asyncio.sleep(0.002)
     assert ends[0] is None
     assert ends[1] < ends[2] < ends[3]
@@ -232,8 +232,8 @@ async def test_a_renewal_before_the_grant_counts_from_the_grant(link):
         await asyncio.sleep(0)
         receiver.renew()
     before = asyncio.get_running_loop().time()
-    await until(lambda: receiver._waiting_first)
-    assert receiver._waiting_first.when() >= before + 60.0
+    await until(lambda: receiver._waiting)
+    assert receiver._waiting.when() >= before + 60.0
     running.cancel()
     await asyncio.wait([running])
 
@@ -298,6 +298,43 @@ async def test_a_foreign_frame_does_not_disturb_a_transfer(link, source):
     assert received.handover.first_token == 42
     assert (receiver.lease.foreign_frames, receiver.lease.corrupt_frames) == (2, 0)
     assert torch.equal(pool.tensor[:, :, 4], source.tensor[:, :, 2])
+
+
+@pytest.mark.parametrize("came", [0, 1])
+async def test_what_was_lost_is_asked_for_once_all_is_sent_and_not_after_a_lease(link, source, came):
+    pool, kit, there = link
+    receiver = new_receiver(pool, kit, lease_s=300.0)
+    asked = []
+    receiver._on_missing = asked.append
+    running = asyncio.create_task(receiver.run())
+    await until(lambda: receiver.lease.state is ReceiveState.RECEIVING)
+    address = kit.transport.address
+    if came:
+        await there.send(address, 1, frame_of(source))
+        await until(lambda: receiver.lease.has(0))
+    receiver.all_sent()
+    await until(lambda: asked == [()])  # the record says what else is missing
+    await there.send(address, 1, record_of())
+    if not came:
+        await until(lambda: asked == [(), (0,)])
+        await there.send(address, 1, frame_of(source))
+        await there.send(address, 1, record_of())
+    assert (await running).handover.first_token == 42
+
+
+async def test_a_renewal_does_not_put_off_what_is_asked_for(link):
+    pool, kit, _ = link
+    receiver = new_receiver(pool, kit, lease_s=300.0)
+    asked = []
+    receiver._on_missing = asked.append
+    running = asyncio.create_task(receiver.run())
+    await until(lambda: receiver._waiting)
+    receiver.all_sent()
+    while not asked:
+        receiver.renew()
+        await asyncio.sleep(0.001)
+    running.cancel()
+    await asyncio.wait([running])
 
 
 async def test_what_was_noted_of_a_message_becomes_an_event(link, source):

@@ -121,6 +121,15 @@ async def test_a_message_that_never_arrives_costs_a_lease_time_not_the_answer(fa
         await stack.idle_pools()
 
 
+@pytest.mark.parametrize("message", [2, RECORD])
+async def test_a_message_that_never_arrives_is_asked_for_long_before_a_lease_ends(faults, message):
+    faults.plan.append(Fault("drop", nth=message))
+    async with _stack(lease_s=300.0) as stack:
+        finished = await _exact_answer(stack, deadline_s=200.0)
+        assert finished.stats.path.kind is PathKind.DISAGGREGATED
+        assert finished.stats.replays == 0
+
+
 @pytest.mark.parametrize("kind", ["delay", "truncate", "duplicate"])
 async def test_delayed_truncated_and_repeated_messages(faults, kind):
     faults.plan.append(Fault(kind, nth=1, at=300, seconds=0.4))

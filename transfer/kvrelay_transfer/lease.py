@@ -239,7 +239,9 @@ class ReceiveLease:
     foreign_frames: int = 0
     """Whole, but not of this lease, tenant, model or prompt."""
     record_in_doubt: bool = False
-    """A frame was refused and no record came since: it may have been the record, or stand in for it."""
+    """A frame was refused and no record came since: it may have been the record, or stand in for it. Or
+    all is sent, and no record came.
+    """
     _received: dict[int, Piece] = field(default_factory=dict)
     """By message number; no two of them overlap."""
 
@@ -290,8 +292,12 @@ class ReceiveLease:
         self.foreign_frames += 1
         return self._refused()
 
+    def all_sent(self) -> None:
+        """The sender says that everything is sent, the record as well."""
+        self.record_in_doubt = self.record_in_doubt or self.state is ReceiveState.RECEIVING
+
     def quiet(self) -> Verdict:
-        """Nothing came for a while after a refused frame: it may have been the record."""
+        """Nothing came for a while, and the record is in doubt."""
         self._expect(ReceiveState.RECEIVING)
         self.record_in_doubt = False
         return self._ask(())

@@ -67,6 +67,14 @@ class ResendKv:
 
 
 @dataclass(frozen=True, slots=True)
+class AllSent:
+    """Tell the decode worker that nothing more is on its way to it."""
+
+    worker: str
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseKv:
     """The decode worker has everything: the prefill worker may let go."""
 
@@ -98,6 +106,6 @@ class Emit:
     event: RequestEvent
 
 
-FollowUp = OpenTransfer | ResendKv | ReleaseKv | Cancel
+FollowUp = OpenTransfer | ResendKv | AllSent | ReleaseKv | Cancel
 WorkerAction = SubmitDecode | SubmitPrefill | FollowUp
 Action = WorkerAction | FindPlace | OutOfStep | Emit

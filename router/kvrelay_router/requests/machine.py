@@ -40,6 +40,7 @@ from kvrelay_protocol.errors import (
 )
 from kvrelay_router.requests.actions import (
     Action,
+    AllSent,
     Attempt,
     Cancel,
     Emit,
@@ -388,9 +389,15 @@ class RequestMachine:
         return [OpenTransfer(self._prefill_worker(run), run.sequence_id, event.lease)]
 
     def _kv_sent(self, event: KvSent) -> list[Action]:
+        run = self._attempt()
+        if event.worker != run.path.prefill_worker:
+            return []
         self._measured.prefill_s = event.prefill_seconds
         self._advance(State.TRANSFERRING)
-        return []
+        # Two streams: D may have it all already.
+        if run.kv_received or not run.decode_open:
+            return []
+        return [AllSent(run.path.decode_worker, run.sequence_id)]
 
     def _kv_received(self, event: KvReceived) -> list[Action]:
         run = self._attempt()

@@ -98,6 +98,8 @@ def router_message(action: actions.FollowUp) -> pb.RouterMessage:
         case actions.ResendKv(_, sequence_id, messages):
             resend = pb.ResendKv(sequence_id=sequence_id, messages=messages)
             return pb.RouterMessage(resend_kv=resend)
+        case actions.AllSent(_, sequence_id):
+            return pb.RouterMessage(all_sent=pb.AllSent(sequence_id=sequence_id))
         case actions.ReleaseKv(_, sequence_id):
             return pb.RouterMessage(release_kv=pb.ReleaseKv(sequence_id=sequence_id))
         case actions.Cancel(_, sequence_id, reason):

@@ -115,8 +115,9 @@ def test_undisturbed_disaggregated_request() -> None:
     assert machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE)) == [act.OpenTransfer("P", 7, LEASE)]
     assert machine.handle(tokens("P", 0, 50)) == [act.Emit(Tokens((50,)))]
     assert machine.state is State.TRANSFERRING
-    assert machine.handle(sent()) == []
+    assert machine.handle(sent()) == [act.AllSent("D", 7)]
     assert machine.handle(received()) == [act.ReleaseKv("P", 7)]
+    assert machine.handle(sent()) == []
     assert machine.state is State.DECODING
     assert machine.handle(tokens("D", 1, 51, 52, at=4.0)) == [act.Emit(Tokens((51, 52)))]
     stats = RequestStats(

@@ -72,7 +72,8 @@ async def test_disaggregated_request_streams_every_token_once(make_rig) -> None:
     assert end.stats.prefill_s == pytest.approx(0.002)
     await prefill.until(lambda: not prefill.open)
     assert prefill.kinds() == ["submit_prefill", "open_transfer", "release_kv"]
-    assert decode.kinds() == ["submit_decode"]
+    # What the two workers say last may cross.
+    assert [kind for kind in decode.kinds() if kind != "all_sent"] == ["submit_decode"]
     assert not decode.open
     assert prefill.messages("submit_prefill")[0].sequence == (
         decode.messages("submit_decode")[0].sequence
