@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated.fabric import Flight
-from simulated.world import World
+from simulated.world import World, forged
 
 EXAMPLES = int(os.environ.get("KVRELAY_EXAMPLES", "1"))
 STEPS = 40
@@ -35,7 +35,7 @@ index = st.integers(0, 50)
 salts = st.sampled_from([b"", b"", b"t"])
 flips = st.none() | st.integers(0, 8 * 700)
 requests = st.lists(st.tuples(tokens, st.integers(1, 4), salts), min_size=1, max_size=3)
-ON_THE_WAY = ("corrupt", "corrupt", "spare", "truncate", "lose")
+ON_THE_WAY = ("corrupt", "corrupt", "spare", "truncate", "lose", "forge")
 plans = st.lists(
     st.tuples(st.sampled_from(ON_THE_WAY), st.integers(0, 8 * 700)), min_size=1, max_size=4
 )
@@ -93,27 +93,39 @@ class Ownership(RuleBasedStateMachine):
                     flight.cut = bit // 8
                 case "lose":
                     world.lose_message(flight)
+                case "forge":  # and be faster
+                    fake = forged(flight.snapshot)
+                    world.hurry(world.fabric.inject(flight.address, flight.tag, fake))
 
     @precondition(lambda self: self.world.fabric.history)
-    @rule(go=until, which=index, into=index, kind=st.sampled_from(REPLAYS), flip=flips)
-    def replay(self, go: list[int], which: int, into: int, kind: str, flip: int | None) -> None:
-        """What was sent once, by whomever to whomever, comes again."""
+    @rule(order=until, which=index, into=index, kind=st.sampled_from(REPLAYS), flip=flips,
+          first=st.booleans())  # fmt: skip
+    def replay(
+        self, order: list[int], which: int, into: int, kind: str, flip: int | None, first: bool
+    ) -> None:
+        """What was sent once comes again: where it was, or into a transfer that is under way, its own
+        or another one; there perhaps under the names that are right in it.
+        """
         world = self.world
-        world.go(go, world.waiting_receives)
+        world.go(order, world.waiting_receives)
         waiting = world.waiting_receives()
         history = world.fabric.history
-        if kind == "again":  # into the transfer that it belongs to
-            history = [sent for sent in history if sent[:2] in waiting]
-        if not history:
+        if kind == "late":
+            world.fabric.inject(*history[-1 - which % len(history)], flip=flip)
             return
-        address, tag, data = history[-1 - which % len(history)]
-        match kind:
-            case "late" | "again":
-                world.fabric.inject(address, tag, data, flip=flip)
-            case "renamed":
-                world.forge(data, into)
-            case "foreign" if waiting:
-                world.fabric.inject(*waiting[into % len(waiting)], data)
+        if not waiting:
+            return
+        address, tag = waiting[into % len(waiting)]
+        own = kind == "again"
+        fitting = [data for _, used, data in history if (used == tag) is own]
+        if not fitting:
+            return
+        data = fitting[-1 - which % len(fitting)]
+        if kind == "renamed":
+            data = world.renamed(data, tag)
+        flight = world.fabric.inject(address, tag, data, flip=flip if own else None)
+        if first:
+            world.hurry(flight)
 
     # ---- what goes wrong at either end
 
@@ -164,7 +176,7 @@ class Ownership(RuleBasedStateMachine):
 
 TestOwnership = Ownership.TestCase
 TestOwnership.settings = settings(
-    max_examples=80 * EXAMPLES,
+    max_examples=60 * EXAMPLES,
     stateful_step_count=STEPS,
     deadline=None,
     derandomize=EXAMPLES == 1,

@@ -128,7 +128,7 @@ class Fabric:
             flight.target.mailbox.discard(lambda waiting: waiting is flight)
         self._settle(flight)
 
-    def inject(self, address: bytes, tag: int, data: bytes, *, flip: int | None = None) -> None:
+    def inject(self, address: bytes, tag: int, data: bytes, *, flip: int | None = None) -> Flight:
         """A stranger's message, damaged or not."""
         future = asyncio.get_running_loop().create_future()
         future.set_result(None)
@@ -136,6 +136,7 @@ class Fabric:
         flight = Flight(tag, len(data), memoryview(data), stranger, address, future, data)
         flight.flips += [] if flip is None else [flip]
         self.flights.append(flight)
+        return flight
 
     def _arrive(self, flight: Flight) -> None:
         target = self.listening.get(flight.address)

@@ -66,7 +66,7 @@ def counts_messages_not_tokens(patch: pytest.MonkeyPatch) -> None:
             ready(self, piece)
 
     def count(self: ReceiveLease, total: int) -> Any:
-        self.owed = sum(self._received.values())
+        self.owed = sum(piece.size for piece in self._received.values())
         return handover(self, total)
 
     patch.setattr(SendLease, "ready", forgetful)
@@ -172,6 +172,9 @@ def forgets_a_token_in_replays(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(kvrelay_router.requests.service, "sequence_of", wrong)
 
 
+forgets_the_prefill_worker = forgets_to_cancel("prefill")
+forgets_the_decode_worker = forgets_to_cancel("decode")
+
 MUTANTS: tuple[Mutant, ...] = (
     accepts_whatever_frame_comes,
     accepts_any_key,
@@ -182,17 +185,20 @@ MUTANTS: tuple[Mutant, ...] = (
     frees_the_source_at_the_first_token,
     frees_the_lease_with_the_cancel,
     does_not_confirm_cancels,
-    forgets_to_cancel("prefill"),
-    forgets_to_cancel("decode"),
+    forgets_the_prefill_worker,
+    forgets_the_decode_worker,
     never_expires,
     shares_prefixes_of_all_tenants,
     takes_leased_blocks,
     forgets_a_token_in_replays,
 )
-RARE = (
-    writes_repeats_again,
-    frees_the_lease_with_the_cancel,
-    takes_leased_blocks,
-    shares_prefixes_of_all_tenants,
+USUAL: tuple[Mutant, ...] = (
+    accepts_any_key,
+    starts_when_the_record_comes,
+    counts_messages_not_tokens,
+    frees_the_source_at_the_first_token,
+    does_not_confirm_cancels,
+    forgets_the_prefill_worker,
+    forgets_a_token_in_replays,
 )
-"""Take hundreds of examples: searched for only where there are more of them."""
+"""Those of every run; the others take longer to find, or are much like one of these."""
