@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kvrelay_chaos.faults import BY_NAME, Kind, Surroundings
+from kvrelay_chaos.faults.base import ClientOrder
 from kvrelay_chaos.leaks import wait_settled
 from kvrelay_chaos.ledger import Fired, Ledger
 from kvrelay_chaos.load import Load
@@ -14,6 +15,7 @@ from kvrelay_chaos.plan import Fault, Plan
 NUDGE_AFTER_S = 5.0
 """A fault that has waited so long for a message gets help: see `Conductor._nudge`."""
 NUDGE_S = 0.5
+LEAVING = 4
 STALL_S = 60.0
 """Without a single hit for so long, what is left finds nothing to hit."""
 _POLL_S = 0.1
@@ -105,10 +107,18 @@ class Conductor:
             if self._nudge_at.get(task, now + 1) > now or task in self._exclusive:
                 continue
             self._nudge_at[task] = now + NUDGE_AFTER_S
+            if fault.parameters.get("message") == "cancel":
+                self._leave_early()
             for rival in self._around.stack.shape.rivals(fault.target):
                 if rival not in self._nudges:
                     nudge = self._nudges[rival] = asyncio.create_task(self._nudge(rival))
                     nudge.add_done_callback(partial(self._nudged, rival))
+
+    def _leave_early(self) -> None:
+        """Have a few clients leave: only then are there cancels."""
+        for _ in range(LEAVING):
+            self._around.clients.arm(ClientOrder(leaves=True, after_pieces=1))
+        self._ledger.nudges += 1
 
     def _nudged(self, rival: str, _nudge: asyncio.Task[None]) -> None:
         del self._nudges[rival]
