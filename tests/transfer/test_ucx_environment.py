@@ -161,6 +161,8 @@ async def test_an_argument_beats_the_environment():
         ("", "^sm"),
         ("all", "^sm"),
         (" all ", "^sm"),
+        ("all,", "^sm"),
+        ("tcp,all", "^sm"),
         (" ^ cma", "^cma,sm"),
         ("^cma", "^cma,sm"),
         ("^sm", "^sm"),

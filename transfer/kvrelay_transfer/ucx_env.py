@@ -144,7 +144,8 @@ def check_tls(source: str, value: str) -> str:
             f"{source}={value!r} names shared memory ({', '.join(shared)}), which can't survive the "
             f"death of a peer (cma aborts this process); unset it or use {source}={rest}"
         )
-    return ",".join(names)
+    # Among others it still means every one of them.
+    return "^sm" if "all" in names else ",".join(names)
 
 
 def check_devices(source: str, value: str) -> None:
