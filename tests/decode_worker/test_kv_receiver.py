@@ -20,7 +20,7 @@ from kvrelay_transfer.frames import HEADER_SIZE, FrameHeader, FrameKind, seal
 from kvrelay_transfer.inproc import InprocTransport
 from kvrelay_transfer.kit import TransferKit
 from kvrelay_transfer.layout import DTYPE_CODES, KvLayout, Piece
-from kvrelay_transfer.lease import MAX_RESENDS, LeaseId, ReceiveState
+from kvrelay_transfer.lease import MAX_QUIET_ASKS, LeaseId, ReceiveState
 from kvrelay_transfer.staging import StagingBuffers
 from kvrelay_transfer.ticket import frame_key
 
@@ -269,16 +269,14 @@ async def test_refused_frames_end_in_a_typed_error_that_says_why(link, source, k
     other = frame_key(TICKET, model="model", salt=b"", tokens=(*PROMPT[:-1], 99))
     bad = frame_of(source, key=other if key == "other" else KEY)
     bad[-1] ^= key != "other"
-    for sent in range(1, MAX_RESENDS + 2):
+    for sent in range(1, MAX_QUIET_ASKS + 2):
         await there.send(kit.transport.address, 1, bad)
         await until(lambda sent=sent: len(asked) == sent or running.done())
     error, cause, counts = {
-        "other": (StaleFrame, "another lease, tenant, model or prompt", (MAX_RESENDS + 1, 0)),
-        "own, damaged": (CorruptFrame, "does not hold", (0, MAX_RESENDS + 1)),
+        "other": (StaleFrame, "another lease, tenant, model or prompt", (MAX_QUIET_ASKS + 1, 0)),
+        "own, damaged": (CorruptFrame, "does not hold", (0, MAX_QUIET_ASKS + 1)),
     }[key]
-    with pytest.raises(
-        error, match="given up: 0 messages still missing after 2 resends"
-    ) as refused:
+    with pytest.raises(error, match="given up: no record came, asked for 4 times") as refused:
         await running
     assert cause in str(refused.value.__cause__)
     assert (receiver.lease.foreign_frames, receiver.lease.corrupt_frames) == counts
@@ -301,7 +299,9 @@ async def test_a_foreign_frame_does_not_disturb_a_transfer(link, source):
 
 
 @pytest.mark.parametrize("came", [0, 1])
-async def test_what_was_lost_is_asked_for_once_all_is_sent_and_not_after_a_lease(link, source, came):
+async def test_what_was_lost_is_asked_for_once_all_is_sent_and_not_after_a_lease(
+    link, source, came
+):
     pool, kit, there = link
     receiver = new_receiver(pool, kit, lease_s=300.0)
     asked = []

@@ -122,11 +122,11 @@ async def hand_over(
         sender.release()
         with contextlib.suppress(LayoutMismatch):
             await sending
-        assert source.kit.staging.held == target.kit.staging.held == 0
 
 
 async def close(*sides: Side) -> None:
     for each in sides:
+        assert each.kit.staging.held == 0
         await each.kit.close()
 
 

@@ -11,6 +11,7 @@ from kvrelay_protocol.errors import LayoutMismatch
 from kvrelay_transfer.frames import HEADER_SIZE
 from kvrelay_transfer.layout import KvLayout, Piece
 from kvrelay_transfer.lease import (
+    MAX_QUIET_ASKS,
     MAX_REFUSED_FRAMES,
     MAX_RESENDS,
     Abandon,
@@ -218,7 +219,7 @@ def test_every_block_arrives_once_or_the_transfer_is_abandoned(
             sender.resend(list(verdict.numbers))
             wire += drain(sender)
     if isinstance(verdict, Abandon):
-        assert receiver.resends > MAX_RESENDS
+        assert receiver.resends > MAX_RESENDS or receiver.quiet_asks > MAX_QUIET_ASKS
         return
     assert not wire, "a message is left over for the next transfer"
     assert receiver.state is ReceiveState.READY
@@ -230,3 +231,31 @@ def test_every_block_arrives_once_or_the_transfer_is_abandoned(
     ]
     tokens = range(first_block * BLOCK, total_blocks * BLOCK)
     assert sorted(cells) == [(layer, token) for layer in range(3) for token in tokens]
+
+
+def test_records_that_were_under_way_already_cost_no_round_of_asking():
+    """A slow link: the record was asked for twice before it came, so it comes three times."""
+    receiver = ReceiveLease(IDENTITY, owed=3 * BLOCK)
+    receiver.posted()
+    receiver.corrupt()
+    assert receiver.quiet() == Missing(())
+    receiver.all_sent()
+    assert receiver.quiet() == Missing(())
+    assert receiver.handover(1) == Missing((0,))
+    assert receiver.handover(1) == Continue()
+    assert receiver.handover(1) == Continue()
+    assert receiver.record_in_doubt, "what was asked for may be lost as well"
+    receiver.kv_message(0, blocks(0, 3, 0, 1))
+    assert receiver.handover(1) == Complete()
+    assert (receiver.resends, receiver.quiet_asks) == (1, 2)
+
+
+def test_what_is_asked_for_and_lost_again_is_asked_for_again():
+    receiver = ReceiveLease(IDENTITY, owed=3 * BLOCK)
+    receiver.posted()
+    assert receiver.handover(1) == Missing((0,))
+    assert receiver.handover(1) == Continue()  # the record behind it came, it did not
+    assert receiver.quiet() == Missing(())
+    assert receiver.handover(1) == Missing((0,))
+    receiver.corrupt()  # there it was
+    assert isinstance(receiver.handover(1), Abandon)

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvrelay_transfer.frames import HEADER_SIZE
 from kvrelay_transfer.layout import KvLayout, Piece
 from kvrelay_transfer.lease import (
+    MAX_QUIET_ASKS,
     MAX_REFUSED_FRAMES,
     MAX_RESENDS,
     Abandon,
@@ -177,7 +178,9 @@ class Leases(RuleBasedStateMachine):
                 self.sender.resend(list(numbers))
             case Abandon():
                 refused = self.receiver.corrupt_frames + self.receiver.foreign_frames
-                assert self.receiver.resends > MAX_RESENDS or refused > MAX_REFUSED_FRAMES
+                asked = self.receiver.resends > MAX_RESENDS
+                asked = asked or self.receiver.quiet_asks > MAX_QUIET_ASKS
+                assert asked or refused > MAX_REFUSED_FRAMES
                 self.over = True
             case Complete():
                 self.sender.release()

@@ -192,3 +192,21 @@ async def test_a_process_leaves_no_shared_memory_behind(spawn, how: str):
     assert code == (-signal.SIGKILL if how == "kill" else 0)
     left = visible() - before
     assert not [name for name in left if "ucx" in name.lower() or str(peer.process.pid) in name]
+
+
+async def test_trying_to_reach_a_dead_peer_again_and_again_costs_no_descriptors(
+    here, spawn, monkeypatch
+):
+    monkeypatch.setattr("kvrelay_transfer.ucx._OUT_OF_REACH_S", 3600.0)
+    peer = await spawn()
+    await check_usable(here, peer)
+    peer.signal(signal.SIGKILL)
+    await under_way(lambda: not here._peers)
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
+    for _ in range(20):
+        here.connect(peer.address)
+        with pytest.raises(PeerLost):
+            await soon(here.send(peer.address, 3, bytes(10)))
+    assert len(list(descriptors.iterdir())) <= before + 1
+    await check_usable(here, await spawn())

@@ -26,6 +26,8 @@ from kvrelay_transfer.layout import KvLayout, Piece, WireFormat, split
 
 MAX_RESENDS = 2
 """Rounds of asking again before the receiver computes the prompt itself."""
+MAX_QUIET_ASKS = 4
+"""Rounds of asking for the record because nothing comes. More, since on a slow link that may be too early."""
 MAX_REFUSED_FRAMES = 64
 """Corrupt or foreign frames of one transfer before the link is given up."""
 
@@ -242,6 +244,12 @@ class ReceiveLease:
     """A frame was refused and no record came since: it may have been the record, or stand in for it. Or
     all is sent, and no record came.
     """
+    quiet_asks: int = 0
+    """How often the record was asked for because nothing came."""
+    _asked: tuple[int, ...] = ()
+    """What was asked for last, if nothing says yet that it did not come. A record that was under way
+    already, or asked for by itself, still names it as missing.
+    """
     _received: dict[int, Piece] = field(default_factory=dict)
     """By message number; no two of them overlap."""
 
@@ -271,6 +279,9 @@ class ReceiveLease:
         self._expect(ReceiveState.RECEIVING)
         self.record_in_doubt = False
         missing = tuple(n for n in range(total) if n not in self._received)
+        if missing and missing == self._asked:
+            self.record_in_doubt = True
+            return Continue()
         if missing:
             return self._ask(missing)
         # Counting messages is not enough: a sender that left a piece out would count without it.
@@ -300,7 +311,11 @@ class ReceiveLease:
         """Nothing came for a while, and the record is in doubt."""
         self._expect(ReceiveState.RECEIVING)
         self.record_in_doubt = False
-        return self._ask(())
+        self._asked = ()
+        self.quiet_asks += 1
+        if self.quiet_asks > MAX_QUIET_ASKS:
+            return Abandon(f"no record came, asked for {MAX_QUIET_ASKS} times")
+        return Missing(())
 
     def run(self) -> None:
         self._expect(ReceiveState.READY)
@@ -316,6 +331,7 @@ class ReceiveLease:
     def _refused(self) -> Verdict:
         self._expect(ReceiveState.RECEIVING)
         self.record_in_doubt = True
+        self._asked = ()
         if self.corrupt_frames + self.foreign_frames > MAX_REFUSED_FRAMES:
             return Abandon(
                 f"{self.corrupt_frames} corrupt and {self.foreign_frames} foreign frames"
@@ -326,6 +342,7 @@ class ReceiveLease:
         self.resends += 1
         if self.resends > MAX_RESENDS:
             return Abandon(f"{len(numbers)} messages still missing after {MAX_RESENDS} resends")
+        self._asked = numbers
         return Missing(numbers)
 
     def _expect(self, state: ReceiveState) -> None:

@@ -29,6 +29,7 @@ import enum
 import logging
 import secrets
 import struct
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -64,6 +65,7 @@ _CONTROL_BYTES = 8191
 INLINE_BYTES = 8000
 """Messages up to this length travel inside a control message."""
 _POSTED_CONTROLS = 16
+_OUT_OF_REACH_S = 2.0
 _ADDRESS = struct.Struct("<4sQQ")
 _ADDRESS_MAGIC = b"KVU1"
 _ALL_SENT = MAX_TAG
@@ -162,6 +164,8 @@ class UcxTransport(KVTransport):
         self._control_tag = secrets.randbits(64)
         self._mailbox: Mailbox[_Announced] = Mailbox(self.options.max_waiting)
         self._peers: dict[int, _Peer] = {}
+        self._out_of_reach: dict[int, float] = {}
+        """When a peer could not be connected to, by its number."""
         self._lost: set[_Peer] = set()
         """Lost peers that UCX still holds buffers of."""
         self._numbers = iter(range(1, MAX_TAG))
@@ -467,7 +471,7 @@ class UcxTransport(KVTransport):
             raise ValueError("a transport does not send to itself")
         if ident in self._peers:
             return self._peers[ident]
-        endpoint = self._worker.connect(address[_ADDRESS.size :])
+        endpoint = self._connect(ident, address[_ADDRESS.size :])
         remote = _Peer(ident, address, control_tag, endpoint)
         self._peers[ident] = remote
         self._say(remote, _Kind.HELLO, value=next(self._numbers), payload=self._address)
@@ -475,6 +479,23 @@ class UcxTransport(KVTransport):
             self.options.connect_timeout_s, self._check_welcome, remote
         )
         return remote
+
+    def _connect(self, ident: int, address: bytes) -> Endpoint:
+        """A new endpoint. What was out of reach is not tried again at once: UCX 1.21 keeps the socket of
+        every TCP connection that is refused as it is made (one to a dead process of this host), for good.
+        """
+        now = time.monotonic()
+        last = self._out_of_reach.get(ident)
+        if last is not None and now - last < _OUT_OF_REACH_S:
+            raise PeerLost(f"UCX could not reach the peer {now - last:.1f} s ago")
+        try:
+            endpoint = self._require_worker().connect(address)
+        except PeerLost:
+            recent = ((i, t) for i, t in self._out_of_reach.items() if now - t < _OUT_OF_REACH_S)
+            self._out_of_reach = dict(recent) | {ident: now}
+            raise
+        self._out_of_reach.pop(ident, None)
+        return endpoint
 
     def _check_welcome(self, remote: _Peer) -> None:
         if not remote.welcomed and remote.lost is None:

@@ -152,9 +152,7 @@ async def _receive_all(lines: "asyncio.Queue[str]") -> None:
         identity = LeaseId(secrets.token_bytes(16), epoch, generation)
         tag, ticket = secrets.randbits(63), new_ticket()
 
-        def granted(
-            identity: LeaseId = identity, tag: int = tag, ticket: bytes = ticket
-        ) -> None:
+        def granted(identity: LeaseId = identity, tag: int = tag, ticket: bytes = ticket) -> None:
             _print(
                 {
                     "lease_id": identity.lease_id.hex(),

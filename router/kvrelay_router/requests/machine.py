@@ -88,8 +88,8 @@ from kvrelay_router.requests.types import (
     ValidRequest,
 )
 
-MAX_RESENDS = 2
-"""KV frames that failed their digest are sent again this often before the attempt is given up."""
+MAX_ASKS = 6
+"""A decode worker may ask for KV again this often. It has limits of its own; this one holds whatever it does."""
 
 RETRYABLE = (WorkerLost, LeaseLost, Draining, TransferError)
 """A decode worker's failure of these kinds says nothing about the request: another attempt may work."""
@@ -419,7 +419,7 @@ class RequestMachine:
         run = self._attempt()
         if event.worker != run.path.decode_worker:
             return []
-        if run.prefill_open and run.resends < MAX_RESENDS:
+        if run.prefill_open and run.resends < MAX_ASKS:
             run.resends += 1
             return [ResendKv(self._prefill_worker(run), run.sequence_id, event.messages)]
         error = CorruptFrame(f"KV blocks arrived corrupt {run.resends + 1} times")

@@ -474,12 +474,12 @@ def test_replays_are_counted() -> None:
     ]
 
 
-def test_corrupt_kv_is_asked_for_twice_and_then_computed_locally() -> None:
+def test_corrupt_kv_is_asked_for_a_few_times_and_then_computed_locally() -> None:
     machine = placed()
     machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE))
     missing = ev.KvMissing(3.0, 7, "D", (1, 4))
-    assert machine.handle(missing) == [act.ResendKv("P", 7, (1, 4))]
-    assert machine.handle(missing) == [act.ResendKv("P", 7, (1, 4))]
+    for _ in range(m.MAX_ASKS):
+        assert machine.handle(missing) == [act.ResendKv("P", 7, (1, 4))]
     assert machine.handle(missing) == [
         cancel("D", "replaced"),
         cancel("P", "replaced"),

@@ -8,6 +8,7 @@ from fake_worker import answer
 from kvrelay_protocol import errors
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.trace import TraceContext
+from kvrelay_router.requests.machine import MAX_ASKS
 from kvrelay_router.requests.types import (
     Failed,
     Finished,
@@ -210,7 +211,7 @@ async def test_corrupt_kv_is_sent_again_and_then_computed_locally(make_rig) -> N
     assert finished(await collect(rig.submit())).stats.replays == 0
     assert prefill.kinds().count("resend_kv") == 2
 
-    decode.script.missing_rounds = 3
+    decode.script.missing_rounds = MAX_ASKS + 1
     events = await collect(rig.submit(request_id="req-2"))
     assert tokens_of(events) == answer(PROMPT, 8)
     assert finished(events).stats.path == Path(PathKind.LOCAL, "replay", None, "d0")
