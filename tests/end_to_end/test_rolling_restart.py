@@ -111,10 +111,6 @@ async def test_100_streams_survive_a_restart_of_every_worker(grace_s):
         assert set(used) == {"decode-0", "decode-1"}
 
 
-@pytest.mark.xfail(
-    reason="a hand-over by a drained worker is counted as a replay, of which a request has three",
-    strict=False,
-)
 async def test_a_stream_outlives_more_restarts_than_it_has_replays():
     model = tiny_model("llama3", max_position_embeddings=20_000)
     settings = {"drain_grace_s": 0.0}

@@ -130,6 +130,8 @@ class WorkerGone:
     at: float
     worker: str
     why: str
+    drained: bool = False
+    """It had said that it would go: what it still ran is handed over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,8 @@ class RequestMachine:
         self._max_replays = max_replays
         self._queue_timeout_s = queue_timeout_s
         self._replay_wait_s = replay_wait_s
+        self._handed_over = 0
+        """Attempts that ended because their worker was asked to stop: no sign of anything wrong."""
         self._run: _Run | None = None
         self._measured = _Measured()
         self._started = False
@@ -550,6 +552,7 @@ class RequestMachine:
         # D goes on without P once it has all the KV and the router has P's token.
         if not decode_lost and self.state is State.DECODING and len(self.emitted) > run.offset:
             return []
+        self._handed_over += event.drained
         error = WorkerLost(f"worker {event.worker} was lost ({event.why})")
         return self._replace(event.at, error)
 
@@ -565,7 +568,7 @@ class RequestMachine:
         run = self._attempt()
         if self._gap_from is None:
             self._gap_from = at
-        if run.number >= self._max_replays:
+        if run.number - self._handed_over >= self._max_replays:
             return self._end(State.FAILED, cause, "failed")
         cancels = self._close("replaced")
         self.state = State.REPLAYING

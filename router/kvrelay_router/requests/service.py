@@ -198,7 +198,7 @@ class RouterService:
     def worker_lost(self, link: WorkerLink, why: str) -> None:
         self._metrics.worker_left(link)
         self._metrics.fleet(self._registry.links)
-        event = events.WorkerGone(self._clock(), link.name, why)
+        event = events.WorkerGone(self._clock(), link.name, why, drained=link.draining)
         for flight in tuple(self._by_sequence.values()):
             if link in flight.links:
                 self._feed(flight, event)

@@ -474,6 +474,17 @@ def test_replays_are_counted() -> None:
     ]
 
 
+def test_hand_overs_of_workers_that_drain_use_up_no_replays() -> None:
+    machine = placed(max_replays=1)
+    for attempt in range(1, 5):
+        gone = ev.WorkerGone(2.0 + attempt, "D", "it drained", drained=True)
+        assert isinstance(machine.handle(gone)[-1], act.FindPlace)
+        machine.handle(ev.PlaceFound(2.5 + attempt, 10 + attempt, LOCAL))
+    assert isinstance(machine.handle(ev.WorkerGone(8.0, "D", "cut"))[-1], act.FindPlace)
+    machine.handle(ev.PlaceFound(8.5, 20, LOCAL))
+    assert machine.handle(ev.WorkerGone(9.0, "D", "cut")) == [Failure(errors.WorkerLost, "cut")]
+
+
 def test_corrupt_kv_is_asked_for_a_few_times_and_then_computed_locally() -> None:
     machine = placed()
     machine.handle(ev.LeaseGranted(1.6, 7, "D", LEASE))
