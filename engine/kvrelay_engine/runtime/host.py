@@ -161,7 +161,8 @@ class WorkerHost:
             # Take no new work, finish what runs, and say all of it.
             self._say_drained()
             grace_s = self.config.drain_grace_s
-            if not await _in_time(_unless_broken(worker.wait_idle(), joined, failed), grace_s):
+            idle = await _in_time(_unless_broken(worker.wait_idle(), joined, failed), grace_s)
+            if not idle and worker.open_sequences:
                 log.warning("%d sequences did not end in %g s", worker.open_sequences, grace_s)
             for link in self._links:
                 link.leave()
