@@ -18,6 +18,23 @@ _PR_SET_CHILD_SUBREAPER = 36
 _REPLY_S = 10.0
 
 
+class _Adoption:
+    """Whether orphans below this process become its children: while any fork server of it is open."""
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._lock = threading.Lock()
+
+    def change(self, step: int) -> None:
+        with self._lock:
+            self._open += step
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(self._open > 0))
+
+
+_adoption = _Adoption()
+
+
 class ForkState(Enum):
     """What the fork server can do now."""
 
@@ -57,9 +74,7 @@ class ForkServer:
         *,
         on_ready: Callable[[bool], None],
     ) -> None:
-        if sys.platform == "linux":
-            # Its grandchildren become our children.
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        _adoption.change(+1)
         self.state = ForkState.LOADING
         self._on_ready = on_ready
         self._lock = threading.Lock()
@@ -104,8 +119,9 @@ class ForkServer:
         return ForkedProcess(json.loads(reply)["pid"], os.fdopen(reading, "rb"))
 
     def close(self) -> None:
-        """End it; what it forked lives on."""
+        """End it, once; what it forked lives on."""
         self.state = ForkState.GONE
+        _adoption.change(-1)
         self._process.kill()
         self._process.wait()
         self._channel.close()
