@@ -1,4 +1,4 @@
-"""A process that has imported what workers need, and becomes one by forking: `fork_server.py` in a line.
+"""A process that has imported what workers need, and becomes one by forking.
 
 ```
 supervisor ──{argv, env} + output fd──► fork server ──fork──► intermediate ──fork──► worker
@@ -13,13 +13,11 @@ signal ties the two. What is preloaded must start no thread and open no device.
 Run by the supervisor only: `python -m kvrelay_infra.fork_server CHANNEL_FD SUPERVISOR_PID MODULE:FUNCTION`.
 """
 
-import ctypes
 import gc
 import importlib
 import json
 import os
 import runpy
-import signal
 import socket
 import sys
 import time
@@ -28,8 +26,9 @@ from typing import Any
 
 import setproctitle
 
+from kvrelay_infra.launcher import die_with
+
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
-_PR_SET_PDEATHSIG = 1
 _ADOPTION_S = 5.0
 
 
@@ -111,9 +110,7 @@ def _become(child: _Child, supervisor: int, left_behind: dict[str, str]) -> None
         if time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.0005)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor:  # it may have died before the signal was armed
-        os._exit(1)
+    die_with(supervisor)
     os.environ.clear()
     os.environ.update(left_behind | child.environment)
     setproctitle.setproctitle(" ".join(["kvrelay", *child.arguments[2:]]))

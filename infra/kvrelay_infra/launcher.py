@@ -17,14 +17,19 @@ def launched(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
-def main(arguments: list[str]) -> None:
-    """Tie this process to its parent, then replace it."""
-    parent, command = int(arguments[0]), arguments[1:]
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends; exit if that has ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The parent may have died before the signal was armed.
     if os.getppid() != parent:
         sys.exit(1)
+
+
+def main(arguments: list[str]) -> None:
+    """Tie this process to its parent, then replace it."""
+    parent, command = int(arguments[0]), arguments[1:]
+    die_with(parent)
     os.execvp(command[0], command)  # noqa: S606  # an argument list, no shell
 
 
