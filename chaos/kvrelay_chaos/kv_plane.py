@@ -50,11 +50,12 @@ class FaultyUcxTransport(UcxTransport):
     async def send(self, peer: bytes, tag: int, buffer: Buffer) -> None:
         message = readable_bytes(buffer)
         try:
+            # A transfer may be cancelled here: an order taken before would be lost with it.
+            await self._linger(len(message))
             foreign = PLANE.last is not None and PLANE.last[0] != tag
             armed = PLANE.orders.take(lambda order: order.fault != "foreign" or foreign)
             if PLANE.orders and PLANE.last is None:
                 PLANE.last = (tag, bytes(message))
-            await self._linger(len(message))
             if armed is None:
                 await super().send(peer, tag, message)
             else:

@@ -112,6 +112,22 @@ async def test_a_late_message_is_whole(pair, plane, order):
     assert hit.done()
 
 
+async def test_a_send_cancelled_on_a_slow_link_leaves_the_order_to_the_next_one(pair, plane):
+    sender, receiver = pair
+    plane.orders.arm(KvOrder("slow_link", seconds=60.0, bytes_per_s=1.0))
+    hit = plane.orders.arm(KvOrder("corrupt", at=0.5)).hit
+    for _ in range(2):  # the first one makes the link slow
+        sending = asyncio.create_task(sender.send(receiver.address, TAG, bytearray(LONG)))
+        await asyncio.sleep(0)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+    assert not hit.done()
+    plane.slow_until = 0.0
+    assert await _pass(pair, LONG) != LONG
+    assert hit.done()
+
+
 async def test_orders_are_taken_one_a_message(pair, plane):
     armed = [plane.orders.arm(KvOrder("corrupt", at=0.3)) for _ in range(2)]
     assert await _pass(pair, LONG) != LONG
