@@ -40,7 +40,7 @@ class RouterConfig:
     """After a worker died: longest wait for another one before the stream ends in `WorkerLost`."""
     max_replays: int = 3
     lease_s: float = 10.0
-    heartbeat_s: float = 0.5
+    heartbeat_s: float = 0.25
     drain_grace_s: float = 30.0
     local_prefill_max_tokens: int = 0
     """Prompts with at most this many uncached tokens are prefilled on the decode worker."""

@@ -46,7 +46,7 @@ class WorkerConfig:
     staging_buffers: int = 32
     """Transfers that can be under way at once; their memory is touched as it is used."""
     lease_s: float = 10.0
-    heartbeat_s: float = 0.5
+    heartbeat_s: float = 0.25
     drain_grace_s: float = 30.0
 
     @property

@@ -19,6 +19,13 @@ MAX_NAME_LENGTH = 128
 MIN_SILENCE_S = 3.0
 """A busy machine may delay a heartbeat; below this silence is not a sign of anything."""
 MISSED_HEARTBEATS = 3
+MIN_WITNESSED_SILENCE_S = 1.2
+"""The same while another worker of the role is heard: so it is neither the machine nor this router, and
+there is somebody to take over."""
+WITNESSED_MISSED_HEARTBEATS = 4
+MIN_QUIET_S = 0.8
+"""A worker that is silent for so long, or for `QUIET_HEARTBEATS`, gets no work that another one can do."""
+QUIET_HEARTBEATS = 2.5
 LAYOUT_FIELDS = (
     "model_fingerprint",
     "num_layers",
@@ -74,7 +81,8 @@ class WorkerRegistry:
         return self._links.get(name)
 
     def states(self) -> list[WorkerState]:
-        return [link.state for link in self._links.values()]
+        quiet_since = self._clock() - self.quiet_limit_s
+        return [link.state(quiet_since=quiet_since) for link in self._links.values()]
 
     def join(self, hello: pb.Hello) -> WorkerLink:
         """Admit a worker; one of the same name is replaced and counts as lost.
@@ -150,20 +158,33 @@ class WorkerRegistry:
 
     @property
     def silence_limit_s(self) -> float:
+        """After so long without a message a worker is given up."""
         return max(MIN_SILENCE_S, MISSED_HEARTBEATS * self._config.heartbeat_s)
+
+    @property
+    def witnessed_limit_s(self) -> float:
+        """The same while another worker of its role is heard."""
+        missed = WITNESSED_MISSED_HEARTBEATS * self._config.heartbeat_s
+        return min(max(MIN_WITNESSED_SILENCE_S, missed), self.silence_limit_s)
+
+    @property
+    def quiet_limit_s(self) -> float:
+        return max(MIN_QUIET_S, QUIET_HEARTBEATS * self._config.heartbeat_s)
 
     def sweep(self) -> None:
         """Give up workers that fell silent (a stopped process keeps its connection)."""
         now = self._clock()
         pause, self._last_sweep = now - self._last_sweep, now
-        if pause > self.silence_limit_s / 2:
+        if pause > self.witnessed_limit_s / 2:
             # It was this process that slept: what the workers sent meanwhile is still unread.
             for link in self._links.values():
                 link.last_seen = now
             return
+        heard = {link.role for link in self.links if now - link.last_seen < self.quiet_limit_s}
         for link in self.links:
             silent = now - link.last_seen
-            if silent > self.silence_limit_s:
+            witnessed = link.role in heard
+            if silent > (self.witnessed_limit_s if witnessed else self.silence_limit_s):
                 self.lose(link, f"no sign of life for {silent:.1f} s")
 
     def _check(self, hello: pb.Hello) -> None:

@@ -18,7 +18,7 @@ from kvrelay_router.fleet.registry import WorkerRegistry
 from kvrelay_router.fleet.worker_link import WorkerLink
 
 HELLO_TIMEOUT_S = 5.0
-SWEEP_S = 0.25
+SWEEP_S = 0.1
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (

@@ -1,6 +1,7 @@
 """One joined worker: what it said about itself, what it was sent, and the way to send it more."""
 
 import asyncio
+import math
 
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.incoming import Incoming
@@ -124,9 +125,8 @@ class WorkerLink:
     def block_size(self) -> int:
         return max(1, self.kv_layout.block_size)
 
-    @property
-    def state(self) -> WorkerState:
-        """What placement needs to know, as of now."""
+    def state(self, *, quiet_since: float = -math.inf) -> WorkerState:
+        """What placement needs to know, as of now. Quiet is who was last heard before that moment."""
         load = self.load
         return WorkerState(
             name=self.name,
@@ -142,4 +142,5 @@ class WorkerLink:
             pending_tokens=self.pending.tokens,
             ungranted=self.pending.ungranted,
             draining=self.draining or self.overflowed,
+            quiet=self.last_seen < quiet_since,
         )

@@ -43,6 +43,8 @@ class WorkerState:
     ungranted: int = 0
     """Sequences sent there that hold no blocks yet."""
     draining: bool = False
+    quiet: bool = False
+    """It has missed heartbeats: it may be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,9 @@ def place(demand: Demand, workers: Sequence[WorkerState], config: RouterConfig) 
     if prefill is None:
         reason = "replay" if demand.replay else "no_prefill_worker"
         return Path(PathKind.LOCAL, reason, None, decode.name)
+    if prefill.quiet:
+        reason = "replay" if demand.replay else "prefill_quiet"
+        return Path(PathKind.LOCAL, reason, None, decode.name)
     if demand.tokens <= config.local_prefill_max_tokens:
         reason = "replay" if demand.replay else "short_prompt"
         return Path(PathKind.LOCAL, reason, None, decode.name)
@@ -111,12 +116,15 @@ def _accepts(worker: WorkerState, demand: Demand) -> bool:
     return _waiting(worker) < MAX_WAITING
 
 
-def _decode_load(worker: WorkerState, demand: Demand) -> tuple[bool, bool, int, float, int, str]:
+def _decode_load(
+    worker: WorkerState, demand: Demand
+) -> tuple[bool, bool, bool, int, float, int, str]:
     fits = _fits(worker, demand)
     used = 1.0 - _room(worker) / max(1, worker.total_blocks)
     # Where it fits at once, what is merely on its way there does not have to wait.
     waiting = worker.waiting if fits else _waiting(worker)
-    return (worker.name in demand.avoid, not fits, waiting, used, worker.running, worker.name)
+    avoided = worker.name in demand.avoid
+    return (worker.quiet, avoided, not fits, waiting, used, worker.running, worker.name)
 
 
 def _least_loaded_prefill(demand: Demand, workers: Sequence[WorkerState]) -> WorkerState | None:
@@ -126,9 +134,9 @@ def _least_loaded_prefill(demand: Demand, workers: Sequence[WorkerState]) -> Wor
     # A worker without a measurement counts as fast as the fastest: that gets it measured.
     fastest = max(w.tokens_per_second for w in candidates) or 1.0
 
-    def wait(worker: WorkerState) -> tuple[bool, float, int, str]:
+    def wait(worker: WorkerState) -> tuple[bool, bool, float, int, str]:
         backlog = worker.backlog_tokens + worker.pending_tokens + demand.tokens
         seconds = backlog / (worker.tokens_per_second or fastest)
-        return (worker.name in demand.avoid, seconds, worker.running, worker.name)
+        return (worker.quiet, worker.name in demand.avoid, seconds, worker.running, worker.name)
 
     return min(candidates, key=wait)

@@ -44,7 +44,7 @@ class Path:
 
     kind: PathKind
     reason: str
-    """Short machine-readable word, e.g. `least_loaded`, `no_prefill_worker`, `short_prompt`, `replay`."""
+    """Short machine-readable word, e.g. `least_loaded`, `no_prefill_worker`, `prefill_quiet`, `short_prompt`, `replay`."""
     prefill_worker: str | None
     decode_worker: str
 

@@ -177,9 +177,46 @@ async def test_silent_worker_is_given_up(fleet, monkeypatch) -> None:
         assert [link.name for link in fleet.registry.links] == ["d1"]
 
 
-async def test_silence_starts_at_three_seconds() -> None:
-    assert WorkerRegistry(CONFIG).silence_limit_s == 3.0
-    assert WorkerRegistry(replace(CONFIG, heartbeat_s=2.0)).silence_limit_s == 6.0
+@pytest.mark.parametrize(
+    ("heartbeat_s", "alone", "witnessed"), [(0.25, 3.0, 1.2), (0.5, 3.0, 2.0), (2.0, 6.0, 6.0)]
+)
+async def test_limits_of_silence(heartbeat_s, alone, witnessed) -> None:
+    registry = WorkerRegistry(replace(CONFIG, heartbeat_s=heartbeat_s))
+    assert registry.silence_limit_s == alone
+    assert registry.witnessed_limit_s == witnessed
+
+
+def _hello(name: str, role: pb.Role.ValueType = pb.ROLE_DECODE) -> pb.Hello:
+    return pb.Hello(protocol_version=JOIN_VERSION, worker_name=name, role=role, model="demo")
+
+
+async def test_a_silent_worker_is_given_up_sooner_while_another_of_its_role_is_heard() -> None:
+    now = 0.0
+    registry = WorkerRegistry(replace(CONFIG, heartbeat_s=0.25), clock=lambda: now)
+    d0, d1 = registry.join(_hello("d0")), registry.join(_hello("d1"))
+    p0 = registry.join(_hello("p0", pb.ROLE_PREFILL))
+    lost = {}
+    while now < 4.0:
+        now = round(now + 0.1, 1)
+        # d1 speaks until 2.0, so that d0 has a witness; p0 has none of its role.
+        if now <= 2.0:
+            registry.received(d1, pb.WorkerMessage(heartbeat=pb.Heartbeat()))
+        registry.sweep()
+        lost |= {
+            link.name: now for link in (d0, d1, p0) if link.lost.done() and link.name not in lost
+        }
+    assert lost == {"d0": 1.3, "p0": 3.1}
+    assert registry.get("d1") is not None
+
+
+async def test_a_quiet_worker_is_known_to_placement_before_it_is_given_up() -> None:
+    now = 0.0
+    registry = WorkerRegistry(replace(CONFIG, heartbeat_s=0.25), clock=lambda: now)
+    registry.join(_hello("d0"))
+    d1 = registry.join(_hello("d1"))
+    now = 0.9
+    registry.received(d1, pb.WorkerMessage(heartbeat=pb.Heartbeat()))
+    assert {state.name: state.quiet for state in registry.states()} == {"d0": True, "d1": False}
 
 
 async def test_router_that_slept_does_not_blame_its_workers() -> None:
@@ -207,7 +244,7 @@ async def test_worker_that_does_not_read_is_given_up_and_never_waited_for() -> N
     link = registry.join(hello)
     for _ in range(OUTGOING_LIMIT + 2):
         registry.send("d0", pb.RouterMessage(cancel=pb.Cancel(sequence_id=1)))
-    assert link.state.draining  # no more work, from this moment
+    assert link.state().draining  # no more work, from this moment
     assert heard.lost == []  # but not from within the sender's own call
     await asyncio.sleep(0)
     assert heard.lost == [("d0", "it does not read its messages")]
@@ -221,7 +258,7 @@ async def test_room_that_comes_free_does_not_bring_a_given_up_worker_back() -> N
         pass
     await link.next_outgoing()
     link.send(message)
-    assert link.state.draining  # one message is missing from its line for good
+    assert link.state().draining  # one message is missing from its line for good
 
 
 async def test_drained_worker_gets_nothing_more(fleet) -> None:

@@ -141,5 +141,25 @@ def test_workers_to_avoid_are_the_last_choice() -> None:
     assert (path.prefill_worker, path.decode_worker) == ("p0", "d0")
 
 
+def test_a_quiet_worker_is_the_last_choice() -> None:
+    quiet = [replace(D0, quiet=True), replace(P0, quiet=True)]
+    others = [replace(D1, running=50, available_blocks=1), replace(P1, backlog_tokens=10**6)]
+    for avoid in (frozenset(), frozenset({"d1", "p1"})):
+        path = place(replace(DEMAND, avoid=avoid), [*quiet, *others], CONFIG)
+        assert (path.prefill_worker, path.decode_worker) == ("p1", "d1")
+
+
+def test_a_quiet_decode_worker_alone_still_gets_work() -> None:
+    assert place(DEMAND, [replace(D0, quiet=True), P0], CONFIG).decode_worker == "d0"
+
+
+def test_nothing_waits_for_a_quiet_prefill_worker_unless_told_to() -> None:
+    quiet = replace(P0, quiet=True)
+    local = Path(PathKind.LOCAL, "prefill_quiet", None, "d0")
+    assert place(DEMAND, [quiet, D0], CONFIG) == local
+    forced = replace(DEMAND, force_path=PathKind.DISAGGREGATED)
+    assert place(forced, [quiet, D0], CONFIG).prefill_worker == "p0"
+
+
 def test_blocks_needed_include_the_next_token() -> None:
     assert [blocks_needed(n, 16) for n in (1, 15, 16, 31, 32)] == [1, 1, 2, 2, 3]

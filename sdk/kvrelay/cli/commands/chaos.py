@@ -29,7 +29,7 @@ _STACK = (
     Flag("--decode", "decode workers", integer(1, 16), 2, "stack", "N"),
     Flag("--routers", "routers, all joined by every worker", integer(1, 4), 1, "stack", "N"),
     Flag("--lease", "a KV lease ends after this", duration(0.1), 1.0, "stack", "SECONDS"),
-    Flag("--heartbeat", "pause between load reports", duration(0.01), 0.5, "stack", "SECONDS"),
+    Flag("--heartbeat", "pause between load reports", duration(0.01), 0.25, "stack", "SECONDS"),
     Flag("--drain-grace", "how long a worker may drain", duration(), 5.0, "stack", "SECONDS"),
 )  # fmt: skip
 

@@ -95,7 +95,7 @@ REQUESTS = (
 
 TIMES = (
     Flag("--lease", "a KV lease ends after this", duration(0.1), 10.0, "times", "SECONDS"),
-    Flag("--heartbeat", "pause between load reports", duration(0.01), 0.5, "times", "SECONDS"),
+    Flag("--heartbeat", "pause between load reports", duration(0.01), 0.25, "times", "SECONDS"),
     Flag("--drain-grace", "how long open requests may take at shutdown", duration(), 30.0, "times",
          "SECONDS"),
 )  # fmt: skip
