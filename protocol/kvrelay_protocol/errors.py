@@ -51,6 +51,8 @@ class KvrelayError(Exception):
     http_status: ClassVar[int] = 500
     wire_type: ClassVar[str] = "server_error"
     exit_code: ClassVar[int] = 1
+    should_retry: ClassVar[bool | None] = None
+    """Says it against what clients conclude from the status."""
 
     def __init__(
         self,
@@ -154,6 +156,12 @@ class NoCapacity(ServiceError):
     """No worker that could run the request is connected."""
 
     code = "no_capacity"
+
+
+class WaitOver(NoCapacity):
+    """The caller named how long to wait for a worker, and that is over: asking again is up to them."""
+
+    should_retry = False
 
 
 class Draining(ServiceError):

@@ -34,6 +34,8 @@ class RouterConfig:
     """Requests that may wait for a place; one more is refused with 429."""
     queue_timeout_s: float = 30.0
     """Longest wait for a place before 503."""
+    wake_timeout_s: float = 300.0
+    """Longest wait of a request for a pool that was at zero; its own time to run begins after it."""
     request_timeout_s: float = 600.0
     """Deadline of a request that names none."""
     replay_wait_s: float = 2.0

@@ -24,6 +24,7 @@ from typing import Any, Self, TypeAlias
 from kvrelay._events import (
     Event,
     Finished,
+    ColdStart,
     Queued,
     Resumed,
     Started,
@@ -449,6 +450,8 @@ def _head(status_code: int, headers: Mapping[str, str]) -> bytes:
 
 def _encode(event: Event) -> bytes:
     match event:
+        case ColdStart():
+            return _frame("cold_start", _json(asdict(event)))
         case Queued() | Started() | Resumed():
             return _frame(type(event).__name__.lower(), _json(asdict(event)))
         case TextDelta(text=text):

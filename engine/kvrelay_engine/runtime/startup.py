@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.runtime.config import WorkerConfig
@@ -21,11 +21,23 @@ PROGRESS_EVERY_S = 5.0
 """A log is no terminal: one progress line per this many seconds."""
 
 
+class PhaseListener(Protocol):
+    """Who else wants to know how far a start is. Called on the thread that starts; must not block."""
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Args: bytes `done` of `total`, where the phase counts them."""
+
+    def close(self) -> None:
+        """The worker is ready."""
+
+
 class Phases:
     """Prints what start-up is doing and how long each phase took, one line each."""
 
     def __init__(self, *, begun: float | None = None) -> None:
-        self._begun = time.monotonic() if begun is None else begun
+        self.begun = time.monotonic() if begun is None else begun
+        """When start-up began, by the monotonic clock."""
+        self.listener: PhaseListener | None = None
 
     @classmethod
     def of_process(cls) -> "Phases":
@@ -38,8 +50,20 @@ class Phases:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         begun = time.monotonic()
+        self.progress(name)
         yield
         self.line(f"{name:<18} {time.monotonic() - begun:6.2f} s")
+
+    def progress(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Tell the listener; nothing is printed."""
+        if self.listener is not None:
+            self.listener.phase(name.replace(" ", "_"), done, total)
+
+    def ready(self) -> None:
+        """Start-up is over. Idempotent."""
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
 
     def line(self, text: str) -> None:
         print(text, flush=True)
@@ -47,7 +71,7 @@ class Phases:
     @property
     def elapsed(self) -> float:
         """Seconds since start-up began."""
-        return time.monotonic() - self._begun
+        return time.monotonic() - self.begun
 
 
 def _process_age_s() -> float:
@@ -65,6 +89,7 @@ class LoadProgress:
         self._begun = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        self._phases.progress("load weights", done, total)
         now = time.monotonic()
         if now - self._last < PROGRESS_EVERY_S:
             return
