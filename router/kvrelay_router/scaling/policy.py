@@ -1,0 +1,346 @@
+"""How many replicas each pool should have: one pure function of what is known.
+
+`kvrelay up`, the KEDA endpoint and the simulator call the same `decide`, periodically and whenever a
+request is parked. The formulae are in docs/scaling.md, their reasons in ADR 18.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from kvrelay_router.requests.placement import Role
+from kvrelay_router.scaling.config import PoolConfig, ScalerConfig
+from kvrelay_router.scaling.state import (
+    Decision,
+    FleetState,
+    Memory,
+    PoolMemory,
+    PoolState,
+    Reasons,
+    Targets,
+)
+
+_HOUR = 3600.0
+_SURPLUS_S = 60.0
+"""Replicas above the reserved ones must be affordable for this long."""
+
+
+class Reason(StrEnum):
+    """Why a pool's target is what it is."""
+
+    STEADY = "steady"
+    WAKE = "wake"
+    """From zero, since a request came."""
+    BACKLOG = "backlog"
+    RATE = "rate"
+    """Prompt tokens per second that arrive."""
+    OCCUPANCY = "occupancy"
+    STREAMS = "streams"
+    MINIMUM = "minimum"
+    STABILISING = "stabilising"
+    """Fewer would do, but not for long enough yet."""
+    COOLDOWN = "cooldown"
+    NOT_IDLE = "not_idle"
+    """Nothing to do, but not for long enough to go to zero."""
+    IDLE = "idle"
+    SURPLUS = "surplus"
+    """Fewer have sufficed for the stabilisation time."""
+    MISSING = "missing_metric"
+    BLOCKED = "start_timeout"
+    """Replicas asked for never came: no more for now."""
+    SECOND_WRITER = "second_writer"
+    """The provider had another number than ours: ours stands."""
+    LIMIT = "limit"
+    """The pool's `max`."""
+    BUDGET = "budget"
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """Replicas that the load calls for; None where a metric is missing."""
+
+    replicas: int | None
+    why: Reason
+    demanded: bool
+    """Somebody is there who must not be left without a worker."""
+    dispensable: bool
+    """The fleet could do without the pool, once it has been idle for long enough."""
+    idle_s: float | None
+
+
+def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) -> Decision:
+    """Targets for both pools.
+
+    Args:
+        state: what is known of the fleet.
+        now: seconds, on the clock of every time in `state` and `memory`.
+        config: bounds and targets.
+        memory: that of the last decision; `Memory()` after a restart.
+
+    Returns:
+        Targets within min and max of each pool and within the budget, with a reason each, and the
+        memory for the next call. The same arguments give the same decision.
+    """
+    memory = _account(memory, state, now)
+    decode, decode_why, decode_memory = _pool(
+        state.decode, _decode_need(state, config, memory), now, config.decode, memory.decode, memory
+    )
+    prefill, prefill_why, prefill_memory = _pool(
+        state.prefill,
+        _prefill_need(state, config, memory),
+        now,
+        config.prefill,
+        memory.prefill,
+        memory,
+    )
+    afforded = _afford(Targets(prefill, decode), now, config, memory)
+    if afforded.prefill < prefill:
+        prefill_why = Reason.BUDGET
+    if afforded.decode < decode:
+        decode_why = Reason.BUDGET
+    return Decision(
+        afforded,
+        replace(
+            memory,
+            prefill=replace(prefill_memory, target=afforded.prefill),
+            decode=replace(decode_memory, target=afforded.decode),
+        ),
+        Reasons(str(prefill_why), str(decode_why)),
+    )
+
+
+# ---- what the load calls for
+
+
+def _demanded(state: FleetState) -> bool:
+    """Whether anybody waits for anything: demand for prompts is demand for decoding to come."""
+    load = state.decode_load
+    return any(
+        (
+            state.parked,
+            state.arrived,
+            state.transferring,
+            state.prefill_load.uncached_tokens,
+            load.streams,
+            load.waiting,
+        )
+    )
+
+
+def _decode_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Need:
+    load = state.decode_load
+    demanded = _demanded(state)
+    unknown = _Need(None, Reason.MISSING, demanded, dispensable=False, idle_s=None)
+    if (
+        load.used_blocks is None
+        or load.total_blocks is None
+        or load.waiting_blocks is None
+        or load.streams is None
+        or load.waiting is None
+        or state.parked is None
+        or state.transferring is None
+    ):
+        return unknown
+    wants = [(int(demanded), Reason.WAKE if state.decode.desired == 0 else Reason.STEADY)]
+    if state.decode.ready:  # before that, one serves whoever is parked and shows what it can do
+        live = load.streams + load.waiting + state.parked
+        wants.append((math.ceil(live / config.target_streams), Reason.STREAMS))
+        blocks = load.total_blocks / state.decode.ready * config.target_block_occupancy
+        if blocks:
+            wanted = (load.used_blocks + load.waiting_blocks) / blocks
+            wants.append((math.ceil(wanted), Reason.OCCUPANCY))
+        if config.prefill.max == 0:
+            prompts = _prompt_workers(state, state.decode, config, memory)
+            if prompts is None:
+                return unknown
+            wants.append(prompts)
+    replicas, why = max(wants, key=lambda want: want[0])
+    return _Need(replicas, why, demanded, dispensable=not demanded, idle_s=load.idle_s)
+
+
+def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Need:
+    load, speed = state.prefill_load, _speed(state, memory)
+    present = state.prefill.desired > 0
+    demanded = present and bool(load.uncached_tokens)
+    prompts = _prompt_workers(state, state.prefill, config, memory)
+    if (
+        prompts is None
+        or speed is None
+        or load.uncached_tokens is None
+        or load.arriving_tokens_per_second is None
+    ):
+        return _Need(None, Reason.MISSING, demanded, dispensable=False, idle_s=None)
+    replicas, why = prompts
+    # Decode workers compute prompts themselves where nobody else does; a few they may keep.
+    local = max(1, state.decode.ready)
+    share = load.arriving_tokens_per_second / speed / local
+    backlog_s = load.uncached_tokens / speed / local
+    kept = share <= config.split_utilisation and backlog_s <= _patience(state.prefill, config)
+    if present:
+        dispensable = kept and not demanded
+        return _Need(replicas, why, demanded, dispensable=dispensable, idle_s=load.idle_s)
+    if kept:
+        return _Need(0, Reason.STEADY, demanded=False, dispensable=True, idle_s=load.idle_s)
+    return _Need(max(1, replicas), why, demanded=False, dispensable=False, idle_s=load.idle_s)
+
+
+def _prompt_workers(
+    state: FleetState, pool: PoolState, config: ScalerConfig, memory: Memory
+) -> tuple[int, Reason] | None:
+    """max(backlog / patience, arrivals / utilisation), both in worker-seconds; None unmeasured."""
+    load, speed = state.prefill_load, _speed(state, memory)
+    if load.uncached_tokens is None or load.arriving_tokens_per_second is None or not speed:
+        return None
+    by_backlog = math.ceil(load.uncached_tokens / speed / _patience(pool, config))
+    by_rate = math.ceil(load.arriving_tokens_per_second / speed / config.target_utilisation)
+    if by_rate >= by_backlog:
+        return by_rate, Reason.RATE
+    return by_backlog, Reason.BACKLOG
+
+
+def _patience(pool: PoolState, config: ScalerConfig) -> float:
+    """Backlog of one worker, in seconds, that calls for another.
+
+    What the workers at hand will have finished before another could start is no reason to start it:
+    such a backlog grows during the start and would call for ever more.
+    """
+    return max(config.target_backlog_s, pool.start_s or 0.0)
+
+
+def _speed(state: FleetState, memory: Memory) -> float | None:
+    return state.prefill_load.tokens_per_second or memory.tokens_per_second
+
+
+# ---- damping
+
+
+def _pool(
+    pool: PoolState,
+    need: _Need,
+    now: float,
+    config: PoolConfig,
+    mine: PoolMemory,
+    memory: Memory,
+) -> tuple[int, Reason, PoolMemory]:
+    """The target of one pool before the budget, its reason, and its memory."""
+    foreign = mine.target is not None and mine.target != pool.desired
+    current = mine.target if mine.target is not None else pool.desired
+    floor = min(config.max, max(config.min, int(need.demanded and current > 0)))
+    current, mine = _give_up(pool, current, floor, now, config, mine)
+    target, why, mine = _damped(current, need, now, config, mine, memory)
+    clamped = min(config.max, max(config.min, target))
+    if clamped != target:
+        why = Reason.LIMIT if clamped < target else Reason.MINIMUM
+    if clamped != current:
+        mine = replace(mine, changed_at=now, low_since=None, low_peak=0)
+    elif foreign:
+        why = Reason.SECOND_WRITER
+    return clamped, why, mine
+
+
+def _give_up(
+    pool: PoolState, current: int, floor: int, now: float, config: PoolConfig, mine: PoolMemory
+) -> tuple[int, PoolMemory]:
+    """Cancel what was asked for too long ago, but never the only replica somebody waits for."""
+    expired = sum(now - since > config.start_timeout_s for since in pool.pending)
+    cancelled = min(expired, max(0, current - max(floor, pool.ready)))
+    if not cancelled:
+        return current, mine
+    return current - cancelled, replace(mine, blocked_until=now + config.start_timeout_s)
+
+
+def _damped(
+    current: int,
+    need: _Need,
+    now: float,
+    config: PoolConfig,
+    mine: PoolMemory,
+    memory: Memory,
+) -> tuple[int, Reason, PoolMemory]:
+    if need.demanded and current == 0 and need.replicas is None:
+        return 1, Reason.WAKE, mine
+    if need.replicas is None:
+        return current, Reason.MISSING, replace(mine, low_since=None)
+    if need.replicas > current:
+        if mine.blocked_until is not None and now < mine.blocked_until and current > 0:
+            return current, Reason.BLOCKED, mine
+        return need.replicas, need.why, replace(mine, low_since=None, low_peak=0)
+    if need.replicas == current:
+        return current, Reason.STEADY, replace(mine, low_since=None, low_peak=0)
+    return _shrink(current, need, need.replicas, now, config, mine, memory)
+
+
+def _shrink(
+    current: int,
+    need: _Need,
+    replicas: int,
+    now: float,
+    config: PoolConfig,
+    mine: PoolMemory,
+    memory: Memory,
+) -> tuple[int, Reason, PoolMemory]:
+    """Fewer would do: only when it has lasted, and to zero only when nobody came at all."""
+    since = now if mine.low_since is None else mine.low_since
+    peak = replicas if mine.low_since is None else max(mine.low_peak, replicas)
+    mine = replace(mine, low_since=since, low_peak=peak)
+    if mine.changed_at is not None and now - mine.changed_at < config.cooldown_s:
+        return current, Reason.COOLDOWN, mine
+    if need.dispensable and _idle(need, now, config, memory):
+        return 0, Reason.IDLE, mine
+    keep = max(peak, 1)
+    if keep >= current:
+        return current, Reason.NOT_IDLE if peak < current else Reason.STABILISING, mine
+    if now - since < config.stabilisation_s:
+        return current, Reason.STABILISING, mine
+    return keep, Reason.SURPLUS, mine
+
+
+def _idle(need: _Need, now: float, config: PoolConfig, memory: Memory) -> bool:
+    """Nobody came for `idle_s`, and this scaler has watched for as long itself."""
+    watched = now - (now if memory.started_at is None else memory.started_at)
+    return need.idle_s is not None and min(need.idle_s, watched) >= config.idle_s
+
+
+# ---- budget
+
+
+def _account(memory: Memory, state: FleetState, now: float) -> Memory:
+    """Remember when we began, the speed last measured, and what the fleet has cost this hour."""
+    began = now if memory.hour_began is None else memory.hour_began
+    spent, last = memory.hour_spent, now if memory.decided_at is None else memory.decided_at
+    running = sum(p.ready + len(p.pending) + p.draining for p in (state.prefill, state.decode))
+    if now - began >= _HOUR:
+        began += _HOUR * ((now - began) // _HOUR)
+        spent, last = 0.0, max(last, began)
+    return replace(
+        memory,
+        started_at=now if memory.started_at is None else memory.started_at,
+        tokens_per_second=_speed(state, memory),
+        decided_at=now,
+        hour_began=began,
+        hour_spent=spent + running * max(0.0, now - last),
+    )
+
+
+def _afford(targets: Targets, now: float, config: ScalerConfig, memory: Memory) -> Targets:
+    """Cut prefill first: decode workers serve alone. The reserved replicas are never cut."""
+    limit = _affordable(now, config, memory)
+    excess = max(0, targets.prefill + targets.decode - limit)
+    least_decode = min(targets.decode, max(1, config.decode.min))
+    prefill = targets.prefill - min(excess, targets.prefill - config.prefill.min)
+    excess -= targets.prefill - prefill
+    return Targets(prefill, targets.decode - min(excess, targets.decode - least_decode))
+
+
+def _affordable(now: float, config: ScalerConfig, memory: Memory) -> int:
+    """Replicas that the budget pays for now, both pools together."""
+    limits = [config.prefill.max + config.decode.max]
+    if config.budget.replicas is not None:
+        limits.append(config.budget.replicas)
+    seconds = config.budget.replica_seconds_per_hour
+    if seconds is not None and memory.hour_began is not None:
+        left = memory.hour_began + _HOUR - now
+        surplus = seconds - memory.hour_spent - config.reserved * left
+        extra = max(0, math.floor(surplus / min(_SURPLUS_S, max(left, 1.0))))
+        limits.append(config.reserved + extra)
+    return min(limits)
