@@ -92,5 +92,7 @@ class UnknownEvent:
         return json.loads(self.raw)
 
 
-Event: TypeAlias = Queued | ColdStart | Started | TextDelta | Resumed | Usage | Finished | UnknownEvent
+Event: TypeAlias = (
+    Queued | ColdStart | Started | TextDelta | Resumed | Usage | Finished | UnknownEvent
+)
 """Everything a stream can yield. It grows with the product: keep a default case."""

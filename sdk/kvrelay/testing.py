@@ -22,9 +22,9 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from kvrelay._events import (
+    ColdStart,
     Event,
     Finished,
-    ColdStart,
     Queued,
     Resumed,
     Started,

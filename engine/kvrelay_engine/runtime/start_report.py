@@ -29,7 +29,7 @@ class StartReport:
     Use it as a context manager around the start; `close` may come earlier, when the worker has joined.
     """
 
-    def __init__(self, config: WorkerConfig, role: pb.Role.ValueType, *, begun: float) -> None:
+    def __init__(self, config: WorkerConfig, role: pb.Role, *, begun: float) -> None:
         """Args: `begun` is when the process started, by the monotonic clock."""
         self._config = config
         self._begun = begun

@@ -60,7 +60,7 @@ class PendingWork:
         self.tokens -= size[1]
 
 
-def role_of(role: pb.Role.ValueType) -> Role:
+def role_of(role: pb.Role) -> Role:
     """The role of a worker whose hello was checked."""
     return Role.PREFILL if role == pb.ROLE_PREFILL else Role.DECODE
 

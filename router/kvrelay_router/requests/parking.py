@@ -1,7 +1,7 @@
 """What a request is told, and how long it waits, while the pool that serves it is at zero."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import StartingWorker
@@ -31,6 +31,11 @@ class StartClock:
         if began is not None:
             self._took_s[pool] = at - began
 
+    @property
+    def took_s(self) -> Mapping[Role, float]:
+        """The last start of each pool that had one."""
+        return self._took_s
+
     def eta_s(self, pool: Role, now: float) -> float | None:
         """Seconds until a worker is there, were the start to take as long as the last; None before one."""
         took = self._took_s.get(pool)
@@ -46,7 +51,7 @@ class Parking:
         self.on_demand: Callable[[], None] | None = None
         """Somebody who starts workers; None where nobody does. Told of every request that finds no place."""
         self._config = config
-        self._starts = StartClock()
+        self.starts = StartClock()
         self._told: dict[Role, ColdStart] = {}
         self._told_at: dict[Role, float] = {}
 
@@ -70,18 +75,18 @@ class Parking:
 
     def retry_after_s(self, now: float) -> float:
         """When a decode worker may be there, within the bounds of every other such answer."""
-        eta = self._starts.eta_s(Role.DECODE, now)
+        eta = self.starts.eta_s(Role.DECODE, now)
         return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(eta or 0.0)))
 
     def requested(self, pool: Role, now: float) -> ColdStart:
         """Workers of the pool were asked for."""
-        self._starts.began(pool, now)
+        self.starts.began(pool, now)
         return self._tell(ColdStart(pool.value, REQUESTED, 0, 0, None), pool, now)
 
     def progress(self, worker: StartingWorker, now: float) -> ColdStart | None:
         """What to tell of a worker that starts; None while that was said a moment ago."""
         pool, last = worker.role, self._told.get(worker.role)
-        self._starts.began(pool, now - worker.elapsed_s)
+        self.starts.began(pool, now - worker.elapsed_s)
         fresh = last is None or last.phase != worker.phase
         if not fresh and now - self._told_at[pool] < TELL_EVERY_S:
             return None
@@ -90,7 +95,7 @@ class Parking:
 
     def joined(self, pool: Role, now: float) -> None:
         """A worker of the pool is there."""
-        self._starts.ended(pool, now)
+        self.starts.ended(pool, now)
         self._told.pop(pool, None)
 
     def under_way(self, now: float) -> list[ColdStart]:
@@ -102,5 +107,5 @@ class Parking:
         return self._with_eta(said, pool, now)
 
     def _with_eta(self, said: ColdStart, pool: Role, now: float) -> ColdStart:
-        eta = self._starts.eta_s(pool, now)
+        eta = self.starts.eta_s(pool, now)
         return ColdStart(said.pool, said.phase, said.done, said.total, eta)

@@ -21,8 +21,9 @@ from kvrelay_router.metrics import RouterMetrics
 from kvrelay_router.requests import actions, events
 from kvrelay_router.requests import machine as m
 from kvrelay_router.requests.admission import DrainRate, WaitingLine
+from kvrelay_router.requests.demand import FleetDemand
 from kvrelay_router.requests.parking import Parking
-from kvrelay_router.requests.placement import Demand, Role, place
+from kvrelay_router.requests.placement import Demand, Role, blocks_needed, place
 from kvrelay_router.requests.stream import EventStream
 from kvrelay_router.requests.tracing import RequestTrace
 from kvrelay_router.requests.types import (
@@ -33,6 +34,7 @@ from kvrelay_router.requests.types import (
     RequestEvent,
     RequestStream,
     Resumed,
+    Started,
     Tokens,
     ValidRequest,
     WorkerView,
@@ -45,6 +47,7 @@ from kvrelay_router.requests.wire import (
     tokens_event,
     worker_event,
 )
+from kvrelay_router.scaling.meter import DemandMeter
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +124,13 @@ class RouterService:
         self._replaying: dict[_Flight, None] = {}
         self._rate = DrainRate()
         self.parking = Parking(config)
+        self._meter = DemandMeter()
+        self._arrived = 0
+        """Requests since the scaler last looked."""
+        self._busy_at = self._prompt_at = self._clock()
+        """When a request was last there, and when one that had no token yet."""
+        self._block_size = 16
+        """Of the last decode worker."""
         self._context_limit: int | None = None
         """What the last decode workers held: one that wakes up holds as much."""
         self._draining = False
@@ -160,6 +170,8 @@ class RouterService:
             on_stop=lambda: self._feed(flight, events.StoppedEarly(self._clock())),
         )
         self._flights.add(flight)
+        self._arrived += 1
+        self._meter.arrived(now, len(request.prompt_tokens))
         self._idle.clear()
         self._set_deadline(flight, request.deadline_s)
         self._feed(flight, events.Admitted(now))
@@ -202,6 +214,7 @@ class RouterService:
         self._metrics.fleet(self._registry.links)
         self.parking.joined(link.role, self._clock())
         if link.role is Role.DECODE:
+            self._block_size = link.block_size
             self._unpark()
         self._schedule_pump()
 
@@ -210,10 +223,45 @@ class RouterService:
         if (start := self.parking.progress(starting, now)) is not None:
             self._tell_parked(events.StartProgress(now, start))
 
+    # ---- for the scaler
+
+    def demand(self, now: float) -> FleetDemand:
+        """What is in hand; the requests that came since the last call are counted once."""
+        waiting = [*self._line, *self._replaying]
+        tokens = [len(f.request.prompt_tokens) + len(f.machine.emitted) for f in waiting]
+        if self._flights:
+            self._busy_at = now
+        if any(not f.machine.emitted for f in self._flights):
+            self._prompt_at = now
+        arrived, self._arrived = self._arrived, 0
+        return FleetDemand(
+            waiting=len(waiting),
+            waiting_tokens=sum(tokens),
+            waiting_blocks=sum(blocks_needed(count, self._block_size) for count in tokens),
+            transferring=sum(f.machine.awaits_kv for f in self._by_sequence.values()),
+            arrived=arrived,
+            arriving_tokens_per_second=self._meter.tokens_per_second(now),
+            idle_s=now - self._busy_at,
+            prompts_idle_s=now - self._prompt_at,
+            start_s=self.parking.starts.took_s,
+        )
+
     def start_requested(self, pool: Role) -> None:
         """Workers of a pool that had none were asked for."""
         now = self._clock()
+        parked = [f.received_at for f in self._line if f.machine.state is m.State.PARKED]
+        if parked:
+            self._metrics.queue_to_wake.observe(now - min(parked))
         self._tell_parked(events.StartProgress(now, self.parking.requested(pool, now)))
+
+    def scaled(self, pool: Role, replicas: int, reason: str) -> None:
+        """The provider took a new number of workers."""
+        logger.info("%s: %d workers wanted (%s)", pool.value, replicas, reason)
+        self._metrics.wanted(pool.value, replicas, reason)
+
+    def scaling_failed(self, pool: Role) -> None:
+        """It did not."""
+        self._metrics.scaling_failures.labels(pool.value).inc()
 
     def worker_lost(self, link: WorkerLink, why: str) -> None:
         self._metrics.worker_left(link)
@@ -372,6 +420,9 @@ class RouterService:
         # The client comes first: a defect in the book-keeping below must not cost it the event.
         flight.stream.put(event)
         match event:
+            case Started(cached_tokens):
+                prompt = len(flight.request.prompt_tokens)
+                self._meter.computed(at, prompt=prompt, cached=cached_tokens)
             case Tokens(ids):
                 self._generated += len(ids)
                 if flight.last_token_at is None:
@@ -430,7 +481,9 @@ class RouterService:
             self._replaying[flight] = None
             return None
         parked = not self._decoders()
-        self._wait_for_place(flight, self.parking.wait_s(flight.request, find.wait_s, parked=parked))
+        self._wait_for_place(
+            flight, self.parking.wait_s(flight.request, find.wait_s, parked=parked)
+        )
         position = self._line.add(flight)
         self.parking.demand()
         if parked:
@@ -547,7 +600,9 @@ class RouterService:
             return
         now, attempt = self._clock(), flight.find.attempt
         waking = self.parking.wakes and flight.machine.state is m.State.PARKED
-        retry_after = self.parking.retry_after_s(now) if waking else self._rate.retry_after_s(len(self._line))
+        retry_after = (
+            self.parking.retry_after_s(now) if waking else self._rate.retry_after_s(len(self._line))
+        )
         self._feed(flight, events.PlaceTimedOut(now, attempt, retry_after, flight.wait_s, waking))
 
     def _schedule_pump(self) -> None:

@@ -3,6 +3,7 @@
 import os
 import socket
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from kvrelay.cli.preflight import (
     check_device,
@@ -15,6 +16,9 @@ from kvrelay.cli.settings import own_thread_setting, set_threads
 from kvrelay_infra.host import count_gpus, read_cores
 from kvrelay_protocol.errors import DeviceUnavailable, UsageError
 from kvrelay_protocol.model_files import resolve_model
+
+if TYPE_CHECKING:
+    from kvrelay_router.scaling.loop import Scaling
 
 
 def run_router(values: SimpleNamespace) -> int:
@@ -32,6 +36,7 @@ def run_router(values: SimpleNamespace) -> int:
     from kvrelay_router.config import RouterConfig
     from kvrelay_router.main import run
 
+    scaling = read_scaling(values)
     return run(
         RouterConfig(
             model_dir=model.directory,
@@ -50,6 +55,7 @@ def run_router(values: SimpleNamespace) -> int:
             max_body_bytes=values.max_body,
             max_queue=values.max_queue,
             queue_timeout_s=values.queue_timeout,
+            wake_timeout_s=values.wake_timeout,
             request_timeout_s=values.request_timeout,
             replay_wait_s=values.replay_wait,
             max_replays=values.max_replays,
@@ -59,8 +65,45 @@ def run_router(values: SimpleNamespace) -> int:
             local_prefill_max_tokens=values.local_prefill_max_tokens,
             log_requests=values.log_requests,
             supervised=values.supervised,
-        )
+        ),
+        scaling,
     )
+
+
+def read_scaling(values: SimpleNamespace) -> "Scaling | None":
+    """How many workers there may be, and who starts them; None where nobody does.
+
+    Raises:
+        UsageError: no such provider, or bounds that serve nothing.
+    """
+    if values.provider is None:
+        return None
+    from kvrelay_infra.scale_socket import SocketProvider
+    from kvrelay_router.requests.placement import Role
+    from kvrelay_router.scaling.config import PoolConfig, ScalerConfig
+    from kvrelay_router.scaling.loop import Scaling
+
+    kind, _, where = values.provider.partition(":")
+    if kind != "local" or not where:
+        raise UsageError(f"--provider {values.provider}: must be local:SOCKET")
+    pools = {Role.PREFILL: values.scale_prefill, Role.DECODE: values.scale_decode}
+    configs = {
+        role: PoolConfig(
+            low,
+            high,
+            idle_s=values.idle,
+            # Who lets the last worker go after so long does not hold on to the others for longer.
+            stabilisation_s=min(values.idle, PoolConfig().stabilisation_s),
+            cooldown_s=min(values.idle, PoolConfig().cooldown_s),
+        )
+        for role, (low, high) in pools.items()
+    }
+    try:
+        config = ScalerConfig(prefill=configs[Role.PREFILL], decode=configs[Role.DECODE])
+    except ValueError as error:
+        raise UsageError(f"--scale-prefill, --scale-decode: {error}") from None
+    running = {role: bounds.low for role, bounds in pools.items()}
+    return Scaling(config, SocketProvider(where), running)
 
 
 def run_worker(role: str, values: SimpleNamespace) -> int:

@@ -1,14 +1,18 @@
 """`kvrelay up`: check everything, then hand a fleet of local processes to the supervisor."""
 
+import atexit
 import secrets
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 from kvrelay.cli.commands.shared import ROUTER_FLAGS, STACK_FLAGS, WORKER_FLAGS
-from kvrelay.cli.flags import to_arguments, to_environment
+from kvrelay.cli.flags import Bounds, to_arguments, to_environment
 from kvrelay.cli.preflight import (
     CheckedModel,
     MemoryPlan,
@@ -30,6 +34,7 @@ from kvrelay_infra.host import (
 )
 from kvrelay_infra.local import LocalFleet, Supervisor
 from kvrelay_infra.process import ChildSpec
+from kvrelay_protocol.errors import UsageError
 
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
 
@@ -90,9 +95,31 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
             "join_token": values.join_token or secrets.token_urlsafe(24),
             "threads": values.threads or own_thread_setting() or 0,
             "supervised": True,
+            **on_demand(values),
         }
     )
     return StackPlan(model, name, memory, cores, local_fleet(settled, model, cores, gpus))
+
+
+def on_demand(values: SimpleNamespace) -> dict[str, object]:
+    """What the router must know to start workers when they are needed; nothing where all always run.
+
+    Raises:
+        UsageError: more always run than there are.
+    """
+    if values.min is None:
+        return {}
+    for pool in ("prefill", "decode"):
+        most = getattr(values, pool)
+        if values.min > most:
+            raise UsageError(f"--min {values.min} is above --{pool} {most}; lower it or raise that")
+    folder = Path(tempfile.mkdtemp(prefix="kvrelay-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {
+        "provider": f"local:{folder / 'scale'}",
+        "scale_prefill": Bounds(values.min, values.prefill),
+        "scale_decode": Bounds(values.min, values.decode),
+    }
 
 
 def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: int) -> LocalFleet:
@@ -127,6 +154,7 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         _command("router", model, to_arguments(ROUTER_FLAGS, values)),
         thread_environment(1) | to_environment(ROUTER_FLAGS, values),
     )
+    provider = getattr(values, "provider", None)
     return LocalFleet(
         router=router,
         workers=workers,
@@ -136,6 +164,8 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         join_port=values.join_port,
         tls=values.tls_cert is not None,
         drain_grace_s=values.drain_grace,
+        scale_socket=Path(provider.partition(":")[2]) if provider else None,
+        running={"prefill": values.min, "decode": values.min} if provider else {},
         preload="kvrelay.cli.preload:preload_workers",
         preload_environment=thread_environment(1),
     )

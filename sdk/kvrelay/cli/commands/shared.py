@@ -4,10 +4,12 @@ Defaults repeat those of `RouterConfig` and `WorkerConfig`; a test holds them eq
 """
 
 from kvrelay.cli.flags import (
+    Bounds,
     Flag,
     addresses,
     api_key,
     boolean,
+    bounds,
     choice,
     device,
     duration,
@@ -131,10 +133,43 @@ POOLS = (
     Flag("--decode", "decode workers", integer(1, 64), 1, "pools", "N"),
 )
 
+_IDLE = Flag("--idle", "without work for so long a pool goes down to its least", duration(0.1),
+             300.0, "pools", "SECONDS")  # fmt: skip
+ON_DEMAND = (
+    Flag("--min", "workers of each pool that always run; the others start when they are needed. "
+         "None: all always run", integer(0, 64), None, "pools", "N"),
+    _IDLE,
+)  # fmt: skip
+WAKING = (
+    Flag("--wake-timeout", "longest wait for a pool that was at zero", duration(), 300.0,
+         "requests", "SECONDS"),
+)  # fmt: skip
+SCALING = (
+    Flag("--provider", "who starts and stops workers for this router: local:SOCKET", text, None,
+         "scaling", "KIND:WHERE"),
+    Flag("--scale-prefill", "prefill workers, at least and at most", bounds, Bounds(1, 1), "scaling",
+         "MIN:MAX"),
+    Flag("--scale-decode", "decode workers, at least and at most", bounds, Bounds(1, 1), "scaling",
+         "MIN:MAX"),
+    _IDLE,
+)  # fmt: skip
+
 SUPERVISED = Flag(
     "--supervised", "print no address: another process does", boolean, False, "http", switch=True
 )
 
-ROUTER_FLAGS = (*MODEL, *HTTP, SUPERVISED, *JOIN_SERVER, *JOIN_SERVER_TLS, *REQUESTS, *TIMES)
+ROUTER_FLAGS = (
+    *MODEL,
+    *HTTP,
+    SUPERVISED,
+    *JOIN_SERVER,
+    *JOIN_SERVER_TLS,
+    *REQUESTS,
+    *WAKING,
+    *SCALING,
+    *TIMES,
+)
 WORKER_FLAGS = (*MODEL, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
-STACK_FLAGS = (*MODEL, *POOLS, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *TRANSFER, *TIMES)
+STACK_FLAGS = (
+    *MODEL, *POOLS, *ON_DEMAND, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *WAKING, *TRANSFER, *TIMES,
+)  # fmt: skip

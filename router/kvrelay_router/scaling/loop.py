@@ -1,0 +1,168 @@
+"""Looks at the fleet, decides, and tells the provider: the only writer of how many replicas there are.
+
+It decides once a second, and at once when a request finds no place: a start that waits for a poll costs
+the client the poll.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvrelay_router.fleet.registry import WorkerRegistry
+from kvrelay_router.requests.demand import FleetDemand
+from kvrelay_router.requests.placement import Role
+from kvrelay_router.scaling.config import ScalerConfig
+from kvrelay_router.scaling.observe import decode_load, prefill_load
+from kvrelay_router.scaling.policy import decide
+from kvrelay_router.scaling.state import FleetState, Memory, PoolState
+
+TICK_S = 1.0
+RETRY_S = 1.0
+"""After a provider that failed."""
+
+logger = logging.getLogger(__name__)
+
+
+class Provider(Protocol):
+    """Whoever starts and stops workers."""
+
+    async def scale(self, pool: str, replicas: int) -> None:
+        """Have that many workers of `prefill` or `decode` from now on. Idempotent; returns once it is
+        asked for, and not when they are up.
+        """
+
+
+class ScalingListener(Protocol):
+    """Who hears of decisions. Called on the event loop; must neither block nor raise."""
+
+    def start_requested(self, pool: Role) -> None:
+        """A pool without workers was given some."""
+
+    def scaled(self, pool: Role, replicas: int, reason: str) -> None:
+        """The provider took a new number."""
+
+    def scaling_failed(self, pool: Role) -> None:
+        """It did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """Everything the router must be given to have workers started."""
+
+    config: ScalerConfig
+    provider: Provider
+    running: Mapping[Role, int]
+    """Workers that the provider was told to run, by whoever started this router."""
+
+
+class ScalerLoop:
+    """Owns the scaler's memory and what the provider was told last. One event loop runs it."""
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        registry: WorkerRegistry,
+        demand: Callable[[float], FleetDemand],
+        listener: ScalingListener,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = scaling.config
+        self._provider = scaling.provider
+        self._registry = registry
+        self._demand = demand
+        self._listener = listener
+        self._clock = clock
+        self._memory = Memory()
+        self._desired = dict(scaling.running)
+        now = clock()
+        self._asked_at = {role: [now] * count for role, count in scaling.running.items()}
+        """When each replica was asked for, oldest first."""
+        self._nudged = asyncio.Event()
+
+    @property
+    def desired(self) -> Mapping[Role, int]:
+        """What the provider was told last."""
+        return self._desired
+
+    def nudge(self) -> None:
+        """Decide now."""
+        self._nudged.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._nudged.clear()
+            failed = not await self._once()
+            # A provider that fails is not asked again for every request that comes.
+            if failed:
+                await asyncio.sleep(RETRY_S)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nudged.wait(), TICK_S)
+
+    async def _once(self) -> bool:
+        """Decide and tell the provider. Returns whether it took everything."""
+        now = self._clock()
+        decision = decide(self._observe(now), now, self._config, self._memory)
+        self._memory = decision.memory
+        told = True
+        # Decode first: one decode worker alone serves everything.
+        for role in (Role.DECODE, Role.PREFILL):
+            wanted = decision.targets.of(role)
+            if wanted != self._desired[role]:
+                told &= await self._tell(role, wanted, decision.reasons.of(role))
+        return told
+
+    async def _tell(self, role: Role, wanted: int, reason: str) -> bool:
+        before = self._desired[role]
+        if not before and wanted:
+            self._listener.start_requested(role)
+        try:
+            await self._provider.scale(role.value, wanted)
+        except Exception:
+            logger.exception("%s could not be scaled from %d to %d", role.value, before, wanted)
+            self._listener.scaling_failed(role)
+            return False
+        self._desired[role] = wanted
+        asked = self._asked_at[role] + [self._clock()] * max(0, wanted - before)
+        self._asked_at[role] = asked[len(asked) - wanted :]
+        self._listener.scaled(role, wanted, reason)
+        return True
+
+    def _observe(self, now: float) -> FleetState:
+        workers = self._registry.states()
+        demand = self._demand(now)
+        return FleetState(
+            prefill=self._pool(Role.PREFILL, demand),
+            decode=self._pool(Role.DECODE, demand),
+            prefill_load=prefill_load(
+                workers,
+                parked_tokens=demand.waiting_tokens,
+                arriving_tokens_per_second=demand.arriving_tokens_per_second,
+                idle_s=demand.prompts_idle_s,
+            ),
+            decode_load=decode_load(
+                workers, parked_blocks=demand.waiting_blocks, idle_s=demand.idle_s
+            ),
+            parked=demand.waiting,
+            transferring=demand.transferring,
+            arrived=demand.arrived,
+        )
+
+    def _pool(self, role: Role, demand: FleetDemand) -> PoolState:
+        links = [link for link in self._registry.links if link.role is role]
+        ready = sum(not link.draining for link in links)
+        desired = self._desired[role]
+        missing = max(0, desired - ready)
+        return PoolState(
+            ready=ready,
+            pending=tuple(self._asked_at[role][len(self._asked_at[role]) - missing :]),
+            draining=len(links) - ready,
+            desired=desired,
+            start_s=demand.start_s.get(role),
+        )
