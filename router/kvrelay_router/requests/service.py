@@ -212,7 +212,9 @@ class RouterService:
     def worker_joined(self, link: WorkerLink) -> None:
         self._metrics.worker_loads(link)
         self._metrics.fleet(self._registry.links)
-        self.parking.joined(link.role, self._clock())
+        # Who came for a request that went on without it gets its idle time all the same.
+        self._busy_at = self._prompt_at = now = self._clock()
+        self.parking.joined(link.role, now)
         if link.role is Role.DECODE:
             self._block_size = link.block_size
             self._unpark()
@@ -382,6 +384,8 @@ class RouterService:
                 answer = self._carry_out(flight, action, event.at)
                 if answer is not None:  # to `FindPlace`, which is always the last action
                     self._feed(flight, answer)
+                    if isinstance(answer, events.NoPlace):
+                        self._begin_parking(flight)
         except Exception:
             logger.exception("defect", extra={"request_id": flight.request.request_id})
             if not isinstance(event, events.Broken):
@@ -486,8 +490,6 @@ class RouterService:
         )
         position = self._line.add(flight)
         self.parking.demand()
-        if parked:
-            asyncio.get_running_loop().call_soon(self._begin_parking, flight)
         eta = None if parked else self._rate.eta_s(position)
         return events.NoPlace(self._clock(), position, eta, parked=parked)
 

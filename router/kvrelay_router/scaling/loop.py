@@ -137,17 +137,21 @@ class ScalerLoop:
     def _observe(self, now: float) -> FleetState:
         workers = self._registry.states()
         demand = self._demand(now)
+        prefill, decode = self._pool(Role.PREFILL, demand), self._pool(Role.DECODE, demand)
         return FleetState(
-            prefill=self._pool(Role.PREFILL, demand),
-            decode=self._pool(Role.DECODE, demand),
+            prefill=prefill,
+            decode=decode,
             prefill_load=prefill_load(
                 workers,
                 parked_tokens=demand.waiting_tokens,
                 arriving_tokens_per_second=demand.arriving_tokens_per_second,
-                idle_s=demand.prompts_idle_s,
+                # A pool that is on its way is not idle yet, or a start longer than that never ended.
+                idle_s=0.0 if prefill.pending else demand.prompts_idle_s,
             ),
             decode_load=decode_load(
-                workers, parked_blocks=demand.waiting_blocks, idle_s=demand.idle_s
+                workers,
+                parked_blocks=demand.waiting_blocks,
+                idle_s=0.0 if decode.pending else demand.idle_s,
             ),
             parked=demand.waiting,
             transferring=demand.transferring,
