@@ -44,12 +44,26 @@ class ScaleServer:
             except OSError:
                 return
             # A router that dies in the middle of a word is nothing to us.
-            with connection, contextlib.suppress(OSError, ValueError, KeyError):
+            with connection, contextlib.suppress(OSError):
                 connection.settimeout(_ANSWER_S)
                 with connection.makefile("rb") as lines:
-                    told = json.loads(lines.readline(_LINE_BYTES))
-                self._on_scale(str(told["pool"]), int(told["replicas"]))
-                connection.sendall(b'{"ok": true}\n')
+                    told = _parse(lines.readline(_LINE_BYTES))
+                if told is not None:
+                    self._on_scale(*told)
+                    connection.sendall(b'{"ok": true}\n')
+
+
+def _parse(line: bytes) -> tuple[str, int] | None:
+    """Pool and number; None for anything else."""
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    match told:
+        case {"pool": str(pool), "replicas": int(replicas)} if replicas >= 0:
+            return pool, replicas
+        case _:
+            return None
 
 
 class SocketProvider:

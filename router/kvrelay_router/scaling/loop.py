@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvrelay_router.fleet.registry import WorkerRegistry
@@ -79,9 +79,10 @@ class ScalerLoop:
         self._clock = clock
         self._memory = Memory()
         self._desired = dict(scaling.running)
-        now = clock()
-        self._asked_at = {role: [now] * count for role, count in scaling.running.items()}
-        """When each replica was asked for, oldest first."""
+        self._missing_since: dict[Role, list[float]] = {role: [] for role in scaling.running}
+        """Since when each replica that was asked for is not there, oldest first: one that has run and
+        died has as long to come back as a new one.
+        """
         self._nudged = asyncio.Event()
 
     @property
@@ -97,9 +98,14 @@ class ScalerLoop:
         """Until cancelled."""
         while True:
             self._nudged.clear()
-            failed = not await self._once()
+            try:
+                told = await self._once()
+            except Exception:
+                # A defect of one decision must not leave the pools as they are for good.
+                logger.exception("the scaler could not decide")
+                told = False
             # A provider that fails is not asked again for every request that comes.
-            if failed:
+            if not told:
                 await asyncio.sleep(RETRY_S)
                 continue
             with contextlib.suppress(TimeoutError):
@@ -108,14 +114,18 @@ class ScalerLoop:
     async def _once(self) -> bool:
         """Decide and tell the provider. Returns whether it took everything."""
         now = self._clock()
-        decision = decide(self._observe(now), now, self._config, self._memory)
+        before = self._memory
+        decision = decide(self._observe(now), now, self._config, before)
         self._memory = decision.memory
         told = True
         # Decode first: one decode worker alone serves everything.
         for role in (Role.DECODE, Role.PREFILL):
             wanted = decision.targets.of(role)
-            if wanted != self._desired[role]:
-                told &= await self._tell(role, wanted, decision.reasons.of(role))
+            if wanted == self._desired[role]:
+                continue
+            if not await self._tell(role, wanted, decision.reasons.of(role)):
+                self._memory = _undecided(self._memory, role, before)
+                told = False
         return told
 
     async def _tell(self, role: Role, wanted: int, reason: str) -> bool:
@@ -129,15 +139,15 @@ class ScalerLoop:
             self._listener.scaling_failed(role)
             return False
         self._desired[role] = wanted
-        asked = self._asked_at[role] + [self._clock()] * max(0, wanted - before)
-        self._asked_at[role] = asked[len(asked) - wanted :]
+        self._missing(role, self._clock())
         self._listener.scaled(role, wanted, reason)
         return True
 
     def _observe(self, now: float) -> FleetState:
         workers = self._registry.states()
         demand = self._demand(now)
-        prefill, decode = self._pool(Role.PREFILL, demand), self._pool(Role.DECODE, demand)
+        prefill = self._pool(Role.PREFILL, demand, now)
+        decode = self._pool(Role.DECODE, demand, now)
         return FleetState(
             prefill=prefill,
             decode=decode,
@@ -158,15 +168,28 @@ class ScalerLoop:
             arrived=demand.arrived,
         )
 
-    def _pool(self, role: Role, demand: FleetDemand) -> PoolState:
+    def _pool(self, role: Role, demand: FleetDemand, now: float) -> PoolState:
         links = [link for link in self._registry.links if link.role is role]
         ready = sum(not link.draining for link in links)
-        desired = self._desired[role]
-        missing = max(0, desired - ready)
         return PoolState(
             ready=ready,
-            pending=tuple(self._asked_at[role][len(self._asked_at[role]) - missing :]),
+            pending=tuple(self._missing(role, now)),
             draining=len(links) - ready,
-            desired=desired,
+            desired=self._desired[role],
             start_s=demand.start_s.get(role),
         )
+
+    def _missing(self, role: Role, now: float) -> list[float]:
+        ready = sum(link.role is role and not link.draining for link in self._registry.links)
+        missing = max(0, self._desired[role] - ready)
+        since = self._missing_since[role]
+        del since[: max(0, len(since) - missing)]
+        since += [now] * (missing - len(since))
+        return since
+
+
+def _undecided(memory: Memory, role: Role, before: Memory) -> Memory:
+    """What the provider did not take was not decided: the next decision has the same reasons."""
+    if role is Role.PREFILL:
+        return replace(memory, prefill=before.prefill)
+    return replace(memory, decode=before.decode)
