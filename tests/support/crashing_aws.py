@@ -1,8 +1,13 @@
-"""A boto3 session of which every call is counted, and one of them is the last."""
+"""A boto3 session that counts its calls and dies before one of them."""
 
 from typing import Any
 
 import boto3
+import botocore.session
+
+REGION = "us-east-1"
+_MODELS = botocore.session.Session().get_component("data_loader")
+"""Read once for all sessions."""
 
 
 class Crashed(BaseException):
@@ -10,25 +15,17 @@ class Crashed(BaseException):
 
 
 class CrashingSession:
-    """Crashes at call number `at` (from 0), before AWS has heard of it or after it has answered."""
+    """`session` raises at call number `at`, from 0: between that call and the one before."""
 
-    def __init__(self, at: int | None = None, *, answered: bool = False, region: str) -> None:
+    def __init__(self, region: str, at: int | None = None) -> None:
         self.calls: list[str] = []
         self._at = at
-        self._answered = answered
-        self.session = boto3.Session(region_name=region)
+        core = botocore.session.Session()
+        core.register_component("data_loader", _MODELS)
+        self.session = boto3.Session(botocore_session=core, region_name=region)
         self.session.events.register("before-call", self._before)
-        self.session.events.register("after-call", self._after)
 
     def _before(self, model: Any, **_: Any) -> None:
-        self.calls.append(f"{model.service_model.service_name}.{model.name}")
-        if not self._answered:
-            self._crash()
-
-    def _after(self, **_: Any) -> None:
-        if self._answered:
-            self._crash()
-
-    def _crash(self) -> None:
-        if len(self.calls) - 1 == self._at:
-            raise Crashed(self.calls[-1])
+        if len(self.calls) == self._at:
+            raise Crashed(f"before {model.name}")
+        self.calls.append(model.name)

@@ -8,11 +8,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+from moto.cloudformation.utils import yaml_tag_constructor
 from moto.cloudwatch.models import cloudwatch_backends
 from moto.core.common_models import CloudFormationModel
 from moto.ecs.models import ecs_backends
+from moto.elbv2.models import FakeTargetGroup, elbv2_backends
 from moto.secretsmanager.models import secretsmanager_backends
 from moto.servicediscovery.models import servicediscovery_backends
+
+
+class Loader(yaml.CLoader):
+    """libyaml's, with CloudFormation's tags."""
+
+
+yaml.add_multi_constructor("", yaml_tag_constructor, Loader=Loader)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ Delete = Callable[[str, str, str], None]
 def _teach(kind: str, create: Create, delete: Delete) -> None:
     class Resource(CloudFormationModel):
         __module__ = "moto.kvrelay.models"  # moto files instances by the second part
+
         def __init__(self, made: Made) -> None:
             self._made = made
 
@@ -160,3 +171,11 @@ _teach("AWS::ECS::CapacityProvider", _capacity, _capacity_gone)
 _teach("AWS::ECS::ClusterCapacityProviderAssociations", _association, lambda *_: None)
 _teach("AWS::ServiceDiscovery::PrivateDnsNamespace", _namespace, _namespace_gone)
 _teach("AWS::ServiceDiscovery::Service", _discovered, _discovered_gone)
+
+
+def _target_group_gone(cls, resource_name, cloudformation_json, account_id, region_name):
+    elbv2_backends[account_id][region_name].delete_target_group(resource_name)
+
+
+# moto makes target groups of a stack and leaves them behind.
+FakeTargetGroup.delete_from_cloudformation_json = classmethod(_target_group_gone)

@@ -1,10 +1,13 @@
 """AWS as moto plays it, in this process."""
 
 import boto3
+import moto_cloudformation
 import pytest
+from crashing_aws import REGION
 from moto import mock_aws
 
-REGION = "us-east-1"
+from kvrelay_infra.providers import Pool
+from kvrelay_infra.providers.aws.settings import DeploySettings, PoolSize
 
 
 @pytest.fixture
@@ -12,13 +15,15 @@ def aws(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.delenv("AWS_PROFILE", raising=False)
+    # moto reads a template with the loader in Python, which takes most of the time of a test.
+    monkeypatch.setattr("moto.cloudformation.models.yaml.Loader", moto_cloudformation.Loader)
     with mock_aws():
         yield boto3.Session(region_name=REGION)
 
 
 @pytest.fixture
-def network(aws):
-    """A VPC with two subnets: (vpc, (subnet, subnet))."""
+def settings(aws):
+    """Of a stack in a network that exists."""
     ec2 = aws.client("ec2")
     vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
     subnets = tuple(
@@ -27,4 +32,13 @@ def network(aws):
         )["Subnet"]["SubnetId"]
         for number, zone in enumerate("ab")
     )
-    return vpc, subnets
+    return DeploySettings(
+        stack="kvrelay",
+        region=REGION,
+        vpc=vpc,
+        router_subnets=subnets,
+        worker_subnets=subnets[:1],
+        router_image="kvrelay-router:1",
+        worker_image="kvrelay-worker:1",
+        pools={Pool.PREFILL: PoolSize(0, 2), Pool.DECODE: PoolSize(0, 4)},
+    )

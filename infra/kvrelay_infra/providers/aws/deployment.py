@@ -14,6 +14,7 @@ from botocore.exceptions import ClientError
 from kvrelay_infra.providers.aws.errors import code_of, explained
 from kvrelay_infra.providers.aws.plan import template
 from kvrelay_infra.providers.aws.settings import (
+    MODEL_PREFIX,
     TAG,
     DeploySettings,
     model_bucket,
@@ -76,20 +77,20 @@ class Deployment:
         """Make what is missing and change what differs; the pools keep the workers they have.
 
         Raises:
+            ProviderMissing: no model lies there yet; nothing but its bucket has been made.
             ProviderError: AWS refused something.
         """
         if settings.model_uri:
-            bucket = settings.model_uri.removeprefix("s3://").partition("/")[0]
+            bucket, _, prefix = settings.model_uri.removeprefix("s3://").partition("/")
         else:
-            bucket = self._bucket()
+            bucket, prefix = self._bucket(), MODEL_PREFIX
             self._ensure_bucket(bucket)
+        self._require_model(bucket, prefix)
         desired = {
             pool: min(max(self._desired(pool), size.least), size.most)
             for pool, size in settings.pools.items()
         }
         self._stack.ensure(template(), settings.parameters(desired, bucket))
-        if not settings.model_uri:
-            self._say(f"put the model's files under s3://{bucket}/model/")
 
     def status(self) -> DeploymentStatus:
         """What is there now."""
@@ -205,6 +206,17 @@ class Deployment:
             )
             tags = {"TagSet": [{"Key": TAG, "Value": self._name}]}
             self._s3.put_bucket_tagging(Bucket=bucket, Tagging=tags)  # type: ignore[arg-type]
+
+    def _require_model(self, bucket: str, prefix: str) -> None:
+        """A router without a tokenizer ends at once, and CloudFormation would roll the stack back."""
+        where = f"s3://{bucket}/{prefix}"
+        with explained(f"model {where}"):
+            found = self._s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        if not found.get("KeyCount"):
+            raise ProviderMissing(
+                f"aws: no model at {where}: `aws s3 sync ./my-model {where.rstrip('/')}/`, then apply "
+                "again"
+            )
 
     def _delete_bucket(self, bucket: str) -> None:
         with explained(f"bucket {bucket}"):

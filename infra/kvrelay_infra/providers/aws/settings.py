@@ -9,6 +9,9 @@ from kvrelay_protocol.errors import UsageError
 TAG = "kvrelay-stack"
 """On everything that is made; its value is the stack's name."""
 
+MODEL_PREFIX = "model"
+"""In the bucket that is made for the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class PoolSize:
@@ -36,7 +39,7 @@ class DeploySettings:
     worker_memory: int = 14336
     """MiB."""
     model_uri: str = ""
-    """Empty: the prefix `model` of a bucket made for it."""
+    """Empty: `MODEL_PREFIX` in a bucket made for it."""
     scheme: str = "internal"
     allowed_cidr: str = "10.0.0.0/8"
     certificate_arn: str = ""
@@ -84,7 +87,7 @@ class DeploySettings:
             "MaxInstances": str(self.most_workers + 1),
             "RouterImage": self.router_image,
             "WorkerImage": self.worker_image,
-            "ModelUri": self.model_uri or f"s3://{bucket}/model",
+            "ModelUri": self.model_uri or f"s3://{bucket}/{MODEL_PREFIX}",
             "ModelBucket": bucket,
             "WorkerCpu": str(self.worker_cpu),
             "WorkerMemory": str(self.worker_memory),
