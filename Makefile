@@ -34,7 +34,7 @@ help:
 	@echo 'make lint        the same without pytest'
 	@echo 'make gpu         tests and benchmark on an NVIDIA GPU, results in docs/results'
 	@echo 'make demo-model  train the embedded demo model again (CPU, under 45 minutes on 2 cores)'
-	@echo 'make proto       generate the protocol stubs from fleet.proto'
+	@echo 'make proto       generate the protocol stubs from the .proto files'
 	@echo 'make clean       remove caches and build products; distclean removes .venv too'
 
 demo: $(VENV)/.installed-all
@@ -54,7 +54,8 @@ demo-model: $(VENV)/.installed-dev
 
 proto: $(VENV)/.installed-dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=protocol --pyi_out=protocol \
-		--grpc_python_out=protocol protocol/kvrelay_protocol/fleet.proto
+		--grpc_python_out=protocol protocol/kvrelay_protocol/fleet.proto \
+		protocol/kvrelay_protocol/externalscaler.proto
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

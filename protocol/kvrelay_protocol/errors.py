@@ -25,6 +25,12 @@ KvrelayError
 │   ├── PeerLost, TransferCancelled, CorruptFrame, StaleFrame
 │   ├── LayoutMismatch              two workers that can't exchange blocks
 │   └── TransportMisconfigured      the environment forbids every usable transport
+├── ProviderError                   the platform that runs workers; exit codes below
+│   ├── ProviderUnreachable         12
+│   ├── ProviderDenied              13
+│   ├── ProviderQuota               14
+│   ├── ProviderMissing             15
+│   └── SecondWriter                16
 └── StartupError                    a process can't start; exit codes below
     ├── UsageError                  2
     ├── InvalidModel, UnsupportedModel   3, 4
@@ -247,6 +253,48 @@ class TransportMisconfigured(TransferError):
 
     code = "transport_misconfigured"
     exit_code = 9
+
+
+class ProviderError(KvrelayError):
+    """The platform that runs workers did not do what was asked."""
+
+    code = "provider_error"
+    http_status = 503
+
+
+class ProviderUnreachable(ProviderError):
+    """It did not answer; what was asked may or may not be noted."""
+
+    code = "provider_unreachable"
+    exit_code = 12
+
+
+class ProviderDenied(ProviderError):
+    """The credentials are missing, expired or not allowed to do this."""
+
+    code = "provider_denied"
+    exit_code = 13
+
+
+class ProviderQuota(ProviderError):
+    """The account or the cluster is not allowed that many."""
+
+    code = "provider_quota"
+    exit_code = 14
+
+
+class ProviderMissing(ProviderError):
+    """What should be scaled or read does not exist there."""
+
+    code = "provider_missing"
+    exit_code = 15
+
+
+class SecondWriter(ProviderError):
+    """Something else sets the number of this pool's workers."""
+
+    code = "second_writer"
+    exit_code = 16
 
 
 class StartupError(KvrelayError):

@@ -1,0 +1,5 @@
+"""Where workers run: each provider sets how many of a pool there shall be, and says what became of it."""
+
+from kvrelay_infra.providers.base import Pool, PoolStatus, Provider
+
+__all__ = ["Pool", "PoolStatus", "Provider"]
