@@ -30,8 +30,13 @@ class StartReport:
     """
 
     def __init__(self, config: WorkerConfig, role: pb.Role, *, begun: float) -> None:
-        """Args: `begun` is when the process started, by the monotonic clock."""
-        self._config = config
+        """Args: `begun` is when the process started, by the monotonic clock.
+
+        Raises:
+            UsageError: the TLS files can't be used.
+        """
+        self._routers = config.routers
+        self._tls = join_tls(config)
         self._begun = begun
         self._latest = pb.Starting(
             protocol_version=JOIN_VERSION,
@@ -43,10 +48,11 @@ class StartReport:
         )
         self._version = 0
         self._closed = False
+        self._calls: list[grpc.Call] = []
         self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
-        for router in self._config.routers:
+        for router in self._routers:
             threading.Thread(
                 target=self._tell, args=(router,), name="start report", daemon=True
             ).start()
@@ -67,12 +73,20 @@ class StartReport:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            # One that waits for a router that is not there would wait on.
+            for call in self._calls:
+                call.cancel()
 
     def _tell(self, router: str) -> None:
         while not self._closed:
             try:
-                with _dial(router, join_tls(self._config)) as channel:
-                    for _ in rpc.FleetStub(channel).Join(self._messages(), wait_for_ready=True):
+                with _dial(router, self._tls) as channel:
+                    call = rpc.FleetStub(channel).Join(self._messages(), wait_for_ready=True)
+                    with self._changed:
+                        if self._closed:
+                            return
+                        self._calls.append(call)
+                    for _ in call:
                         return  # refused: hello will be told why
             except grpc.RpcError:
                 pass  # it restarts, or is older than this message
