@@ -18,6 +18,8 @@ class RouterConfig:
     join_host: str = "127.0.0.1"
     join_port: int = 8001
     """Workers dial this (gRPC); 0 picks a free one."""
+    scaler_port: int | None = None
+    """KEDA asks here how many workers there shall be; None: nobody does, 0 picks a free one."""
     join_token: str = ""
     """Workers must present it; empty accepts any."""
     join_tls_cert: Path | None = None

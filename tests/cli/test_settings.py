@@ -80,7 +80,8 @@ def test_values_survive_the_way_to_a_child():
             "KVRELAY_JOIN_TLS_CERT",
             "KVRELAY_JOIN_TLS_KEY",
             "KVRELAY_JOIN_TLS_CA",
-            "KVRELAY_SCALE_PREFILL",  # what `values` does not name
+            "KVRELAY_SCALER_PORT",  # these two `values` does not name
+            "KVRELAY_SCALE_PREFILL",
         ),
         "",
     )
@@ -204,18 +205,30 @@ def test_bad_bounds_are_named_with_what_they_must_be(text):
     assert line == (f"--scale-decode {text} must be MIN:MAX, whole numbers with 0 <= MIN <= MAX")
 
 
-@pytest.mark.parametrize("provider", ["foo", "foo:x", "local", "local:", "LOCAL:x"])
+@pytest.mark.parametrize(
+    "provider",
+    ["foo", "foo:x", "local", "local:", "LOCAL:x", "ecs:c", "ecs:c/p", "kubernetes:/p,d"],
+)
 def test_an_unknown_provider_is_one_line_that_says_what_there_is(provider):
-    from kvrelay.cli.processes import read_scaling
+    from kvrelay.cli.scaling import read_scaling
 
     values = resolve(ROUTER_FLAGS, {"provider": provider}, environ={})
     with pytest.raises(UsageError) as caught:
         read_scaling(values)
-    assert caught.value.message == f"--provider {provider}: must be local:SOCKET"
+    (line,) = caught.value.message.splitlines()
+    assert line.startswith(f"--provider {provider}: must be local:SOCKET, kubernetes:")
+
+
+def test_two_that_say_how_many_run_are_one_line():
+    from kvrelay.cli.scaling import read_scaling
+
+    given = {"provider": "local:x", "scaler_port": "0"}
+    with pytest.raises(UsageError, match=r"^--provider local:x and --scaler-port 0: one of them"):
+        read_scaling(resolve(ROUTER_FLAGS, given, environ={}))
 
 
 def test_bounds_that_serve_nothing_are_one_line():
-    from kvrelay.cli.processes import read_scaling
+    from kvrelay.cli.scaling import read_scaling
 
     given = {"provider": "local:x", "scale_decode": "0:0"}
     with pytest.raises(UsageError) as caught:

@@ -75,23 +75,27 @@ class StartReport:
             self._changed.notify_all()
             # One that waits for a router that is not there would wait on.
             for call in self._calls:
-                call.cancel()
+                call.cancel()  # type: ignore[no-untyped-call]
 
     def _tell(self, router: str) -> None:
         while not self._closed:
             try:
                 with _dial(router, self._tls) as channel:
                     call = rpc.FleetStub(channel).Join(self._messages(), wait_for_ready=True)
-                    with self._changed:
-                        if self._closed:
-                            return
-                        self._calls.append(call)
+                    if not self._keep(call):
+                        return
                     for _ in call:
                         return  # refused: hello will be told why
             except grpc.RpcError:
                 pass  # it restarts, or is older than this message
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, timeout=REDIAL_S)
+
+    def _keep(self, call: grpc.Call) -> bool:
+        """Have `close` end a call. Returns False where it has come already."""
+        with self._changed:
+            self._calls.append(call)
+            return not self._closed
 
     def _messages(self) -> Iterator[pb.WorkerMessage]:
         told = -1

@@ -21,6 +21,8 @@ from kvrelay_router.scaling.policy import decide
 from kvrelay_router.scaling.state import FleetState, Memory, PoolState
 
 TICK_S = 1.0
+ADOPT_S = 2.0
+"""Workers dial a router that is back several times a second."""
 RETRY_S = 1.0
 """After a provider that failed."""
 
@@ -55,8 +57,10 @@ class Scaling:
 
     config: ScalerConfig
     provider: Provider
-    running: Mapping[Role, int]
-    """Workers that the provider was told to run, by whoever started this router."""
+    running: Mapping[Role, int] | None
+    """Workers that the provider was told to run, by whoever started this router; None where nobody knows, and
+    nothing is decided before `ADOPT_S`. Who joins until then counts as asked for.
+    """
 
 
 class ScalerLoop:
@@ -78,11 +82,12 @@ class ScalerLoop:
         self._listener = listener
         self._clock = clock
         self._memory = Memory()
-        self._desired = dict(scaling.running)
-        self._missing_since: dict[Role, list[float]] = {role: [] for role in scaling.running}
+        self._desired = dict(scaling.running or {})
+        self._missing_since: dict[Role, list[float]] = {role: [] for role in Role}
         """Since when each replica that was asked for is not there, oldest first: one that has run and
         died has as long to come back as a new one.
         """
+        self._adopt_until = clock() + ADOPT_S
         self._nudged = asyncio.Event()
 
     @property
@@ -96,6 +101,8 @@ class ScalerLoop:
 
     async def run(self) -> None:
         """Until cancelled."""
+        if not self._desired:
+            await self._adopt()
         while True:
             self._nudged.clear()
             try:
@@ -108,8 +115,20 @@ class ScalerLoop:
             if not told:
                 await asyncio.sleep(RETRY_S)
                 continue
+            # Not `wait_for`, which may lose a cancel that comes together with a nudge.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._nudged.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    await self._nudged.wait()
+
+    async def _adopt(self) -> None:
+        """Take for asked what is there: a router that starts again must not end what it finds."""
+        await asyncio.sleep(ADOPT_S)
+        for role in Role:
+            self._desired[role] = max(self._joined(role), self._config.pool(role).min)
+            await self._tell(role, self._desired[role], "found")
+
+    def _joined(self, role: Role) -> int:
+        return sum(link.role is role and not link.draining for link in self._registry.links)
 
     async def _once(self) -> bool:
         """Decide and tell the provider. Returns whether it took everything."""
@@ -144,6 +163,9 @@ class ScalerLoop:
         return True
 
     def _observe(self, now: float) -> FleetState:
+        if now < self._adopt_until:
+            for role in Role:
+                self._desired[role] = max(self._desired[role], self._joined(role))
         workers = self._registry.states()
         demand = self._demand(now)
         prefill = self._pool(Role.PREFILL, demand, now)

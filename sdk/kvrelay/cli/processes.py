@@ -3,7 +3,6 @@
 import os
 import socket
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 from kvrelay.cli.preflight import (
     check_device,
@@ -16,9 +15,6 @@ from kvrelay.cli.settings import own_thread_setting, set_threads
 from kvrelay_infra.host import count_gpus, read_cores
 from kvrelay_protocol.errors import DeviceUnavailable, UsageError
 from kvrelay_protocol.model_files import resolve_model
-
-if TYPE_CHECKING:
-    from kvrelay_router.scaling.loop import Scaling
 
 
 def run_router(values: SimpleNamespace) -> int:
@@ -33,6 +29,7 @@ def run_router(values: SimpleNamespace) -> int:
     model.read_config()
     model.require_tokenizer()
 
+    from kvrelay.cli.scaling import read_scaling
     from kvrelay_router.config import RouterConfig
     from kvrelay_router.main import run
 
@@ -45,6 +42,7 @@ def run_router(values: SimpleNamespace) -> int:
             port=values.port,
             join_host=values.join_host,
             join_port=values.join_port,
+            scaler_port=values.scaler_port,
             join_token=values.join_token,
             join_tls_cert=values.join_tls_cert,
             join_tls_key=values.join_tls_key,
@@ -68,42 +66,6 @@ def run_router(values: SimpleNamespace) -> int:
         ),
         scaling,
     )
-
-
-def read_scaling(values: SimpleNamespace) -> "Scaling | None":
-    """How many workers there may be, and who starts them; None where nobody does.
-
-    Raises:
-        UsageError: no such provider, or bounds that serve nothing.
-    """
-    if values.provider is None:
-        return None
-    from kvrelay_infra.scale_socket import SocketProvider
-    from kvrelay_router.requests.placement import Role
-    from kvrelay_router.scaling.config import PoolConfig, ScalerConfig
-    from kvrelay_router.scaling.loop import Scaling
-
-    kind, _, where = values.provider.partition(":")
-    if kind != "local" or not where:
-        raise UsageError(f"--provider {values.provider}: must be local:SOCKET")
-    pools = {Role.PREFILL: values.scale_prefill, Role.DECODE: values.scale_decode}
-    configs = {
-        role: PoolConfig(
-            low,
-            high,
-            idle_s=values.idle,
-            # Who lets the last worker go after so long does not hold on to the others for longer.
-            stabilisation_s=min(values.idle, PoolConfig().stabilisation_s),
-            cooldown_s=min(values.idle, PoolConfig().cooldown_s),
-        )
-        for role, (low, high) in pools.items()
-    }
-    try:
-        config = ScalerConfig(prefill=configs[Role.PREFILL], decode=configs[Role.DECODE])
-    except ValueError as error:
-        raise UsageError(f"--scale-prefill, --scale-decode: {error}") from None
-    running = {role: bounds.low for role, bounds in pools.items()}
-    return Scaling(config, SocketProvider(where), running)
 
 
 def run_worker(role: str, values: SimpleNamespace) -> int:

@@ -145,8 +145,11 @@ WAKING = (
          "requests", "SECONDS"),
 )  # fmt: skip
 SCALING = (
-    Flag("--provider", "who starts and stops workers for this router: local:SOCKET", text, None,
+    Flag("--provider", "who starts and stops workers: kubernetes:NAMESPACE/PREFILL,DECODE "
+         "(Deployments), ecs:CLUSTER/PREFILL,DECODE (services), local:SOCKET", text, None,
          "scaling", "KIND:WHERE"),
+    Flag("--scaler-port", "KEDA starts and stops workers, and asks here how many",
+         integer(0, 65535), None, "scaling", "PORT"),
     Flag("--scale-prefill", "prefill workers, at least and at most", bounds, Bounds(1, 1), "scaling",
          "MIN:MAX"),
     Flag("--scale-decode", "decode workers, at least and at most", bounds, Bounds(1, 1), "scaling",
