@@ -82,7 +82,8 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
         | {
             "served_model_name": name,
             "max_model_len": memory.max_model_len,
-            "revision": None,
+            # Whatever happens to its objects, a worker that starts again loads the same weights.
+            "revision": model.files.revision,
             # A router that starts again must come back where workers and clients look.
             "port": values.port or free_port(values.host),
             "join_port": values.join_port or free_port(values.join_host),
@@ -142,8 +143,7 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
 
 
 def _command(role: str, model: CheckedModel, arguments: Sequence[str]) -> list[str]:
-    directory = str(model.files.directory)
-    return [sys.executable, "-m", "kvrelay.cli", role, directory, *arguments]
+    return [sys.executable, "-m", "kvrelay.cli", role, model.files.reference, *arguments]
 
 
 def share_cores(cores: int, roles: Sequence[str], fixed: int) -> list[int]:
