@@ -51,7 +51,9 @@ class Store:
 
 def model_cache(folder: Path) -> str:
     """A cache folder of a test's own, but for the compiled kernels: those of everybody are used."""
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvrelay" / "kernels"
+    shared = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvrelay" / "kernels"
+    )
     shared.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / "kvrelay").mkdir(parents=True)
     (folder / "kvrelay" / "kernels").symlink_to(shared)

@@ -5,6 +5,8 @@ import torch
 from s3_store import CuttingProxy
 from tiny_models import tiny_model
 
+from kvrelay import LLM, SamplingParams
+from kvrelay.cli.main import main
 from kvrelay_engine.models.weights import load_model_config, load_weights
 from kvrelay_engine.runtime.warmup import fingerprint
 from kvrelay_protocol.model_files import MODEL_FILES, resolve_model
@@ -12,6 +14,7 @@ from kvrelay_protocol.weights.pin import push_model
 from kvrelay_protocol.weights.stream import StreamOptions
 
 CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 SMALL = StreamOptions(streams=4, part_bytes=64 * 1024, window_bytes=256 * 1024)
 
 
@@ -37,15 +40,15 @@ def assert_same(ours, theirs):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama2", "llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama2", torch.float32), ("llama3", torch.bfloat16), ("qwen2", torch.float32)],
+)
 def test_streamed_weights_are_bitwise_those_of_the_folder(store, family, dtype):
     folder = tiny_model(family)
     files = resolve_model(store.put_folder(folder, family))
     source = files.open_weights(SMALL)
-    assert_same(
-        bits(packed(files.directory, source, dtype)), bits(packed(folder, dtype=dtype))
-    )
+    assert_same(bits(packed(files.directory, source, dtype)), bits(packed(folder, dtype=dtype)))
     assert source.report().verified is False
     assert fingerprint(files.directory, source) == fingerprint(folder)
     source.close()
@@ -88,3 +91,30 @@ def test_a_killed_connection_is_resumed_where_it_stopped(store, monkeypatch, lim
     source.close()
     files.remote.client.close()
     proxy.close()
+
+
+def test_the_command_pushes_what_a_start_verifies(store, capsys):
+    assert main(["weights", "push", str(tiny_model("llama3")), "s3://models/command"]) == 0
+    files = resolve_model("s3://models/command")
+    assert f"s3://models/command is at revision {files.revision}" in capsys.readouterr().out
+    with LLM("s3://models/command", dtype="float32") as ours:
+        found = ours.generate([{"prompt_token_ids": [1, 2, 3]}], GREEDY)
+    with LLM(tiny_model("llama3"), dtype="float32") as theirs:
+        expected = theirs.generate([{"prompt_token_ids": [1, 2, 3]}], GREEDY)
+    assert found[0].outputs[0].token_ids == expected[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the one action is push"),
+        (["pull", "a", "s3://b/c"], "weights pull: the one action is push"),
+        (["push", "a"], "needs DIR and s3://bucket/prefix"),
+        (["push", "s3://a/b", "s3://b/c"], "is in S3 already"),
+    ],
+)
+def test_a_wrong_push_is_one_line(arguments, message, capsys):
+    assert main(["weights", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

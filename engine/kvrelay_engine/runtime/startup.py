@@ -48,7 +48,7 @@ class Phases:
         """Counted from the start of this process, whose imports are its first phase."""
         running = _process_age_s()
         phases = cls(begun=time.monotonic() - running)
-        phases._ended("python, torch", phases._begun, {})  # noqa: SLF001 - a constructor
+        phases._ended("python, torch", phases._begun, {})
         return phases
 
     @contextmanager

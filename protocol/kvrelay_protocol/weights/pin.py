@@ -88,12 +88,8 @@ class PinnedModel:
         files = RemoteFiles(
             origin=str(self.location),
             sizes={name: item.size for name, item in self._weights().items()},
-            heads={
-                name: (self.directory / _HEADS / name).read_bytes() for name in self._weights()
-            },
-            tensors=select_tensors(
-                self.headers(), read_index(self.directory), str(self.location)
-            ),
+            heads={name: (self.directory / _HEADS / name).read_bytes() for name in self._weights()},
+            tensors=select_tensors(self.headers(), read_index(self.directory), str(self.location)),
             manifest=_read_manifest(self.directory, self.location),
         )
         ranges = S3Ranges(self.client, self.location, self.objects)
@@ -158,7 +154,9 @@ def _list(
     except (BotoCoreError, ClientError) as error:
         raise explain(error, location, prefix) from None
     if not found:
-        raise InvalidModel(f"{location} holds no model: no object there has the name of one's files")
+        raise InvalidModel(
+            f"{location} holds no model: no object there has the name of one's files"
+        )
     return found
 
 

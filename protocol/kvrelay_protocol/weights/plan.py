@@ -14,8 +14,6 @@ PIECE_BYTES = 8 * 1024 * 1024
 PART_BYTES = 16 * 1024 * 1024
 SEGMENT_BYTES = 64 * 1024 * 1024
 """Of a segment with several tensors; one tensor is never split over two buffers."""
-_GAP_BYTES = 64 * 1024
-"""Padding that is cheaper to fetch than to step over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +70,7 @@ def plan_segments(
     segments: list[Segment] = []
     for names in _runs(tensors, segment_bytes):
         first, last = tensors[names[0]], tensors[names[-1]]
-        pieces = [
-            piece for name in names for piece in _pieces(name, tensors[name], piece_bytes)
-        ]
+        pieces = [piece for name in names for piece in _pieces(name, tensors[name], piece_bytes)]
         parts = tuple(_parts(len(segments), pieces, part_bytes))
         segments.append(Segment(first.file, first.start, last.end, tuple(names), parts))
     return tuple(segments)
@@ -97,8 +93,9 @@ def _runs(tensors: Mapping[str, StoredTensor], limit: int) -> Iterator[list[str]
 
 
 def _follows(first: StoredTensor, last: StoredTensor, new: StoredTensor, limit: int) -> bool:
-    near = last.end <= new.start <= last.end + _GAP_BYTES
-    return new.file == last.file and near and new.end - first.start <= limit
+    # Without gaps no byte is fetched twice; the format has no padding between tensors.
+    adjacent = new.file == last.file and new.start == last.end
+    return adjacent and new.end - first.start <= limit
 
 
 def _pieces(name: str, tensor: StoredTensor, size: int) -> Iterator[Piece]:

@@ -86,9 +86,7 @@ class StreamedWeights:
         )
         self._parts: Sequence[Part] = [part for segment in self._segments for part in segment.parts]
         self._segment_of = {
-            name: index
-            for index, segment in enumerate(self._segments)
-            for name in segment.tensors
+            name: index for index, segment in enumerate(self._segments) for name in segment.tensors
         }
         self._unread = [set(segment.tensors) for segment in self._segments]
         self._missing: dict[str, int] = dict.fromkeys(files.tensors, 0)

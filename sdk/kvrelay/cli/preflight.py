@@ -75,7 +75,9 @@ def _check_index(files: ModelFiles, headers: Mapping[str, Header]) -> None:
             raise InvalidModel(f"{index} is not a safetensors index") from None
         missing = sorted(names - headers.keys())
         if missing:
-            raise InvalidModel(f"{files.reference} lacks {', '.join(missing[:3])}, named in {index.name}")
+            raise InvalidModel(
+                f"{files.reference} lacks {', '.join(missing[:3])}, named in {index.name}"
+            )
 
 
 def check_ports(listeners: Sequence[tuple[str, int, str]]) -> None:

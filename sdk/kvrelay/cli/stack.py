@@ -128,6 +128,7 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         _command("router", model, to_arguments(ROUTER_FLAGS, values)),
         thread_environment(1) | to_environment(ROUTER_FLAGS, values),
     )
+    preload = "preload_workers" if model.files.remote is None else "preload_workers_with_s3"
     return LocalFleet(
         router=router,
         workers=workers,
@@ -137,7 +138,7 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         join_port=values.join_port,
         tls=values.tls_cert is not None,
         drain_grace_s=values.drain_grace,
-        preload="kvrelay.cli.preload:preload_workers",
+        preload=f"kvrelay.cli.preload:{preload}",
         preload_environment=thread_environment(1),
     )
 
