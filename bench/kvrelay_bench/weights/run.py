@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from kvrelay_bench.machine import describe_machine
 from kvrelay_bench.report import Table, software_versions, summarise, write_report
@@ -18,18 +19,19 @@ from kvrelay_protocol.weights.source import layer_order
 from kvrelay_protocol.weights.stream import StreamOptions
 
 TARGET = 0.8
+OURS = "kvrelay"
 _CHUNK = 1024 * 1024
 _FILE = "model.safetensors"
 
 
 def run_weights(values: SimpleNamespace) -> int:
-    """Measure; 0 where our loader reaches `TARGET` of the plain client at both stores."""
+    """Measure; 0 where our loader, without checksums, reaches `TARGET` at both stores."""
     found: dict[str, dict[str, list[float]]] = {}
     with running_stores(values.size) as stores, tempfile.TemporaryDirectory() as cache:
         for store, url in stores.items():
             with environment(url):
                 found[store] = _measure(store, values, Path(cache))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "store": store,
             "client": client,
@@ -49,7 +51,7 @@ def run_weights(values: SimpleNamespace) -> int:
                         details={"target": TARGET, "cores": os.cpu_count()},
                         versions=software_versions("boto3", "moto"))  # fmt: skip
     print(f"written: {path}")
-    return 0 if min(row["share_of_plain"] for row in rows) >= TARGET else 1
+    return 0 if all(row["share_of_plain"] >= TARGET for row in rows if row["client"] == OURS) else 1
 
 
 def _measure(store: str, values: SimpleNamespace, cache: Path) -> dict[str, list[float]]:
@@ -60,7 +62,7 @@ def _measure(store: str, values: SimpleNamespace, cache: Path) -> dict[str, list
     options = StreamOptions(streams=values.streams, part_bytes=values.part)
     clients: dict[str, Callable[[], float]] = {
         "plain GETs": lambda: plain_client(values.streams, values.part),
-        "kvrelay": lambda: loader(plain, options),
+        OURS: lambda: loader(plain, options),
         "kvrelay, sha256": lambda: loader(verified, options),
     }
     rates: dict[str, list[float]] = {name: [] for name in clients}

@@ -121,7 +121,7 @@ class LoadReport:
 
     def attributes(self) -> dict[str, str | int | float | bool]:
         """For the span of a start."""
-        found = {
+        found: dict[str, str | int | float | None] = {
             "kvrelay.weights.origin": self.origin,
             "kvrelay.weights.bytes": self.nbytes,
             "kvrelay.weights.seconds": self.seconds,

@@ -8,6 +8,7 @@ Memory: buffers of at most `window_bytes` are being filled or wait to be read. A
 waits for starts in any case, so that no order of reads can stand still.
 """
 
+import contextlib
 import mmap
 import threading
 import time
@@ -228,7 +229,11 @@ class StreamedWeights:
             return
         segment = self._segments[index]
         size = _lead(segment) + segment.nbytes
-        self._buffers[index] = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # A fault for every 4 KiB would cost more than the copy; a kernel without huge pages says no.
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        self._buffers[index] = buffer
         self._held += segment.nbytes
         self.peak_bytes = max(self.peak_bytes, self._held)
 
