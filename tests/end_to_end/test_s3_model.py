@@ -41,6 +41,7 @@ def test_a_model_from_s3_answers_like_the_local_one(tmp_path, monkeypatch):
     lines = re.findall(r"weights +7\.\d\d MB in .* of the narrowest link .*s3://models/demo", log)
     assert len(lines) == 2, log
     assert "not verified" not in log
+    assert re.search(r"s3://models/demo at revision [0-9a-f]{16}\n", log)
     loads = [span for _, span in sink.spans if span.name == "load weights"]
     sink.close()
     assert len(loads) == 2

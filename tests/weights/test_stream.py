@@ -197,3 +197,22 @@ def test_what_a_start_prints():
     assert report.attributes()["kvrelay.weights.link_share"] == pytest.approx(0.5)
     (local,) = LoadReport("/m", 1_000_000, 1.0, cached_bytes=500_000).lines()
     assert "50% of it from the page cache, link not known (--link-gbps)" in local
+
+
+def test_without_a_manifest_no_request_is_larger_than_a_part():
+    tensors, size = checkpoint()
+    fetcher = Memory(size)
+    source = stream(tensors, size, fetcher, streams=2, part_bytes=3 * KIB)
+    source.need(list(tensors))
+    for name in in_order(tensors):
+        source.read(name)
+    assert max(end - start for start, end in fetcher.asked) == 3 * KIB
+    source.close()
+
+
+def test_the_flags_repeat_the_defaults():
+    from kvrelay.cli.processes import stream_options
+    from kvrelay.cli.stack import defaults
+
+    assert stream_options(defaults()) == StreamOptions()
+    assert stream_options(defaults(link_gbps=8.0)).link_bytes_per_s == 1e9

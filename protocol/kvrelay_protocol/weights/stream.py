@@ -83,7 +83,10 @@ class StreamedWeights:
         self._segments = plan_segments(
             files.tensors,
             part_bytes=self._options.part_bytes,
-            piece_bytes=PIECE_BYTES if files.manifest is None else files.manifest.piece_bytes,
+            # With a manifest a part holds whole pieces of it: one at least.
+            piece_bytes=min(PIECE_BYTES, self._options.part_bytes)
+            if files.manifest is None
+            else files.manifest.piece_bytes,
         )
         self._parts: Sequence[Part] = [part for segment in self._segments for part in segment.parts]
         self._segment_of = {

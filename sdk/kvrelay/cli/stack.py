@@ -171,10 +171,13 @@ def spread_device(device: str, position: int, gpus: int) -> str:
 
 
 def describe(plan: StackPlan) -> str:
-    """Two lines: what is about to be served, and what it takes."""
+    """What is about to be served, and what it takes."""
     model, memory = plan.model, plan.memory
+    files = model.files
+    pinned = "" if files.revision is None else f"  {files.reference} at revision {files.revision}\n"
     return (
         f"{plan.name}: {model.config.architecture}, {format_count(model.parameters)} parameters\n"
+        f"{pinned}"
         f"  each worker: {format_size(memory.weights)} weights + "
         f"{format_size(memory.kv_pool)} KV pool; {plan.cores} cores here"
     )
