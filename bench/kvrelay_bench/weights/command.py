@@ -9,7 +9,7 @@ _MIB = 1024 * 1024
 _FLAGS = (
     Flag("--size", "of the random checkpoint", size(_MIB), 512 * _MIB, "what", "SIZE"),
     Flag("--streams", "requests at once, of both clients", integer(1, 256), 16, "how", "N"),
-    Flag("--part", "the largest request, of both clients", size(64 * 1024), 16 * _MIB, "how", "SIZE"),
+    Flag("--part", "the largest request, of both clients", size(64 * 1024), 8 * _MIB, "how", "SIZE"),
     Flag("--rounds", "of every client, interleaved, after one that is not counted", integer(1), 5,
          "how", "N"),
     Flag("--out", "where the JSON goes", text, None, "result", "FILE"),

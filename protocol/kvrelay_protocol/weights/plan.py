@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from kvrelay_protocol.weights.header import StoredTensor
 from kvrelay_protocol.weights.source import layer_order
 
-PIECE_BYTES = 8 * 1024 * 1024
+PIECE_BYTES = 4 * 1024 * 1024
+"""What one checksum of a new manifest covers."""
 PART_BYTES = 16 * 1024 * 1024
 SEGMENT_BYTES = 64 * 1024 * 1024
 """Of a segment with several tensors; one tensor is never split over two buffers."""

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 
 from kvrelay_protocol.weights.header import StoredTensor
 from kvrelay_protocol.weights.manifest import Manifest
-from kvrelay_protocol.weights.plan import PIECE_BYTES, Part, Segment, plan_segments
+from kvrelay_protocol.weights.plan import Part, Segment, plan_segments
 from kvrelay_protocol.weights.rate import RateMeter
 from kvrelay_protocol.weights.source import SAMPLE_BYTES, LoadReport, sample_offsets
 
 MiB = 1024 * 1024
+_UNVERIFIED_PIECE_BYTES = MiB
+"""Where no checksum says otherwise: small, so that requests come out as large as they may be."""
 
 Received = Callable[[int], None]
 """Told how many bytes have just arrived; raises to end the fetch."""
@@ -84,7 +86,7 @@ class StreamedWeights:
             files.tensors,
             part_bytes=self._options.part_bytes,
             # With a manifest a part holds whole pieces of it: one at least.
-            piece_bytes=min(PIECE_BYTES, self._options.part_bytes)
+            piece_bytes=min(_UNVERIFIED_PIECE_BYTES, self._options.part_bytes)
             if files.manifest is None
             else files.manifest.piece_bytes,
         )
