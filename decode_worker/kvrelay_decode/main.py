@@ -45,6 +45,7 @@ async def serve(
         )
     phases.line(f"{'KV travels over':<18} {kit.transport.chosen}")
     telemetry = Telemetry("kvrelay-decode", instance=config.name)
+    phases.trace(telemetry)
     scheduler = DecodeScheduler(
         engine.allocator,
         fingerprint=engine.fingerprint,

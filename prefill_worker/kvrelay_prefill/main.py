@@ -45,6 +45,7 @@ async def serve(
         )
     phases.line(f"{'KV travels over':<18} {kit.transport.chosen}")
     telemetry = Telemetry("kvrelay-prefill", instance=config.name)
+    phases.trace(telemetry)
     scheduler = PrefillScheduler(
         engine.allocator,
         fingerprint=engine.fingerprint,

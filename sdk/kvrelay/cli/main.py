@@ -22,6 +22,7 @@ _COMMANDS = {
     "bench": "measure: engine, peers, start-up, serving, transfer, router",
     "chaos": "break a stack of its own under load and judge every answer",
     "deploy": "run it on AWS: plan, apply, status, destroy",
+    "weights": "upload a model to S3 with checksums",
     "router": "the HTTP front alone (what its container runs)",
     "prefill": "one prefill worker (what its container runs)",
     "decode": "one decode worker (what its container runs)",
@@ -29,7 +30,7 @@ _COMMANDS = {
 _MODULES = {"prefill": "worker", "decode": "worker"}
 _EXTRA_OF = {"router": "router", "prefill": "worker", "decode": "worker", "chat": "all",
              "chaos": "all", "deploy": "aws",
-             "bench": "bench"}  # fmt: skip
+             "bench": "bench", "weights": "aws"}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

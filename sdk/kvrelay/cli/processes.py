@@ -15,6 +15,7 @@ from kvrelay.cli.settings import own_thread_setting, set_threads
 from kvrelay_infra.host import count_gpus, read_cores
 from kvrelay_protocol.errors import DeviceUnavailable, UsageError
 from kvrelay_protocol.model_files import resolve_model
+from kvrelay_protocol.weights.stream import StreamOptions
 
 
 def run_router(values: SimpleNamespace) -> int:
@@ -72,8 +73,8 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     """`role` is `prefill` or `decode`."""
     model = resolve_model(values.model, revision=values.revision)
     model.read_config()
-    model.weight_files()
-    model.read_ahead()
+    # From here on the weights arrive, while torch and UCX are imported.
+    weights = model.open_weights(stream_options(values))
     threads = values.threads or own_thread_setting() or 0
     if not threads:
         threads = read_cores()
@@ -87,6 +88,7 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
         name=values.name or f"{role}-{socket.gethostname()}-{os.getpid()}",
         model_dir=model.directory,
         model_name=values.served_model_name or model.name,
+        weights=weights,
         router=values.join,
         join_token=values.join_token,
         router_ca=values.router_ca,
@@ -119,6 +121,17 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     else:
         raise UsageError(f"no such role: {role}")
     return run(config)
+
+
+def stream_options(values: SimpleNamespace) -> StreamOptions:
+    """How weights that are not here are fetched."""
+    given = values.link_gbps * 1e9 / 8 if values.link_gbps else None
+    return StreamOptions(
+        streams=values.fetch_streams,
+        part_bytes=values.fetch_part,
+        window_bytes=values.fetch_window,
+        link_bytes_per_s=given,
+    )
 
 
 def resolve_device(device: str) -> str:

@@ -87,7 +87,8 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
         | {
             "served_model_name": name,
             "max_model_len": memory.max_model_len,
-            "revision": None,
+            # Whatever happens to its objects, a worker that starts again loads the same weights.
+            "revision": model.files.revision,
             # A router that starts again must come back where workers and clients look.
             "port": values.port or free_port(values.host),
             "join_port": values.join_port or free_port(values.join_host),
@@ -155,6 +156,7 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         thread_environment(1) | to_environment(ROUTER_FLAGS, values),
     )
     provider = getattr(values, "provider", None)
+    preload = "preload_workers" if model.files.remote is None else "preload_workers_with_s3"
     return LocalFleet(
         router=router,
         workers=workers,
@@ -166,14 +168,13 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         drain_grace_s=values.drain_grace,
         scale_socket=Path(provider.partition(":")[2]) if provider else None,
         running={"prefill": values.min, "decode": values.min} if provider else {},
-        preload="kvrelay.cli.preload:preload_workers",
+        preload=f"kvrelay.cli.preload:{preload}",
         preload_environment=thread_environment(1),
     )
 
 
 def _command(role: str, model: CheckedModel, arguments: Sequence[str]) -> list[str]:
-    directory = str(model.files.directory)
-    return [sys.executable, "-m", "kvrelay.cli", role, directory, *arguments]
+    return [sys.executable, "-m", "kvrelay.cli", role, model.files.reference, *arguments]
 
 
 def share_cores(cores: int, roles: Sequence[str], fixed: int) -> list[int]:
@@ -200,10 +201,13 @@ def spread_device(device: str, position: int, gpus: int) -> str:
 
 
 def describe(plan: StackPlan) -> str:
-    """Two lines: what is about to be served, and what it takes."""
+    """What is about to be served, and what it takes."""
     model, memory = plan.model, plan.memory
+    files = model.files
+    pinned = "" if files.revision is None else f"  {files.reference} at revision {files.revision}\n"
     return (
         f"{plan.name}: {model.config.architecture}, {format_count(model.parameters)} parameters\n"
+        f"{pinned}"
         f"  each worker: {format_size(memory.weights)} weights + "
         f"{format_size(memory.kv_pool)} KV pool; {plan.cores} cores here"
     )

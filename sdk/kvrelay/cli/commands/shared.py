@@ -16,6 +16,7 @@ from kvrelay.cli.flags import (
     existing_file,
     integer,
     names,
+    number,
     size,
     text,
 )
@@ -23,8 +24,10 @@ from kvrelay.cli.flags import (
 MiB = 1024 * 1024
 
 MODEL = (
-    Flag("model", "model folder or hub id; none for the demo model", text, metavar="MODEL"),
-    Flag("--revision", "branch, tag or commit of a hub id", text, group="model", metavar="REV"),
+    Flag("model", "model folder, hub id or s3://bucket/prefix; none for the demo model", text,
+         metavar="MODEL"),
+    Flag("--revision", "branch, tag or commit of a hub id; what a start from S3 calls its model", text,
+         group="model", metavar="REV"),
     Flag(
         "--served-model-name",
         "the name clients use",
@@ -32,7 +35,16 @@ MODEL = (
         group="model",
         metavar="NAME",
     ),
-)
+)  # fmt: skip
+
+WEIGHTS = (
+    Flag("--link-gbps", "the narrowest link to the weights in Gbit/s; 0: as measured",
+         number(0, 100_000), 0.0, "weights", "GBIT/S"),
+    Flag("--fetch-streams", "requests to S3 at once", integer(1, 256), 32, "weights", "N"),
+    Flag("--fetch-part", "the largest request to S3", size(), 16 * MiB, "weights", "SIZE"),
+    Flag("--fetch-window", "weights from S3 that may wait in memory to be packed", size(),
+         1024 * MiB, "weights", "SIZE"),
+)  # fmt: skip
 
 HTTP = (
     Flag("--host", "address to serve HTTP on", text, "127.0.0.1", "http", "HOST"),
@@ -172,7 +184,8 @@ ROUTER_FLAGS = (
     *SCALING,
     *TIMES,
 )
-WORKER_FLAGS = (*MODEL, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
+WORKER_FLAGS = (*MODEL, *WEIGHTS, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
 STACK_FLAGS = (
-    *MODEL, *POOLS, *ON_DEMAND, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *WAKING, *TRANSFER, *TIMES,
+    *MODEL, *WEIGHTS, *POOLS, *ON_DEMAND, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *WAKING, *TRANSFER,
+    *TIMES,
 )  # fmt: skip
