@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CHART = ROOT / "infra" / "helm" / "kvrelay"
 EXAMPLES = ROOT / "infra" / "helm" / "examples"
 TOOLS = ROOT / "build" / "infra-tools"
@@ -159,7 +159,7 @@ class Helm:
             )  # fmt: skip
             self._check(code)
             result = json.loads(self._text(out))
-            return server.created, json.dumps(result)
+            return server.created, str(result["info"]["notes"])
         finally:
             server.shutdown()
             thread.join()
