@@ -31,9 +31,7 @@ def check_router(port: int) -> str | None:
     except (http.client.HTTPException, ConnectionError):
         # The certificate names the public host, not this one; the answer never leaves the container.
         context = ssl._create_unverified_context()  # noqa: S323, SLF001
-        secure = http.client.HTTPSConnection(
-            "127.0.0.1", port, timeout=TIMEOUT_S, context=context
-        )
+        secure = http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_S, context=context)
         try:
             phase = _phase(secure)
         except (http.client.HTTPException, OSError) as error:

@@ -21,8 +21,10 @@ ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/${VARIANT}
 # Alone and first: a resolver that sees the rest as well may prefer another build.
 RUN /opt/kvrelay/bin/pip install --no-cache-dir --no-compile --index-url "${TORCH_INDEX_URL}" "${TORCH_SPEC}"
 COPY . /source
+# "all,aws" adds the router: for platforms that run one container (docs/deploy/one-container.md).
+ARG EXTRAS=worker,aws
 ARG PIP_INDEX_URL=
-RUN /opt/kvrelay/bin/pip install --no-cache-dir --no-compile "/source[worker,aws]"
+RUN /opt/kvrelay/bin/pip install --no-cache-dir --no-compile "/source[${EXTRAS}]"
 
 FROM python
 RUN groupadd --gid 10001 kvrelay \

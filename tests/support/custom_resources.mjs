@@ -7,10 +7,12 @@ import { resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 
 const packages = resolve(process.argv[2], "node_modules", "@kubernetes-models");
-const operator = resolve(packages, "prometheus-operator", "monitoring.coreos.com", "v1", "index.js");
+const operator = resolve(packages, "prometheus-operator", "monitoring.coreos.com", "v1");
+const load = (kind) => import(pathToFileURL(resolve(operator, `${kind}.js`)));
 const kinds = {
   ...createRequire(resolve(packages, "package.json"))("@kubernetes-models/keda/keda.sh/v1alpha1"),
-  ...(await import(pathToFileURL(operator))),
+  ...(await load("ServiceMonitor")),
+  ...(await load("PrometheusRule")),
 };
 
 let problems = 0;

@@ -144,7 +144,9 @@ class Helm:
         self._check(self._lib.helm_sdkpy_lint(handle, str(CHART).encode(), ctypes.byref(out)))
         return self._text(out)
 
-    def _install(self, values: Manifest, release: str, namespace: str) -> tuple[list[Manifest], str]:
+    def _install(
+        self, values: Manifest, release: str, namespace: str
+    ) -> tuple[list[Manifest], str]:
         server = _ApiServer()
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()

@@ -171,7 +171,7 @@ def test_pods_run_without_privileges_and_write_to_volumes_alone(objects):
         }
         mounted = {mount["name"] for mount in inner["volumeMounts"]}
         assert mounted == {volume["name"] for volume in spec["volumes"]}
-        assert {"/cache", "/tmp"} <= {m["mountPath"] for m in inner["volumeMounts"]}  # noqa: S108
+        assert {"/cache", "/tmp"} <= {m["mountPath"] for m in inner["volumeMounts"]}
 
 
 def test_secrets_are_in_no_argument(objects):

@@ -34,7 +34,9 @@ def exported(router):
 def labels_of_each_metric():
     """Label names by metric, histograms and counters under their family's name."""
     metrics = vars(RouterMetrics(CollectorRegistry()))
-    plain = [m for m in [*metrics.values(), *metrics["_from_workers"].values()] if hasattr(m, "_name")]
+    plain = [
+        m for m in [*metrics.values(), *metrics["_from_workers"].values()] if hasattr(m, "_name")
+    ]
     return {m._name: set(getattr(m, "_labelnames", ())) for m in plain}
 
 

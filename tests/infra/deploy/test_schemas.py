@@ -20,7 +20,9 @@ VALIDATOR = Path(__file__).parents[2] / "support" / "custom_resources.mjs"
 def check_custom(objects) -> subprocess.CompletedProcess:
     node = shutil.which("node")
     if node is None or not (TOOLS / "npm" / "node_modules" / "@kubernetes-models").is_dir():
-        pytest.skip("schemas of KEDA and the Prometheus operator have not been fetched: make infra-test")
+        pytest.skip(
+            "schemas of KEDA and the Prometheus operator have not been fetched: make infra-test"
+        )
     return subprocess.run(
         [node, VALIDATOR, TOOLS / "npm"],
         input=json.dumps(objects), capture_output=True, text=True, check=False,
