@@ -15,7 +15,7 @@ RUN apt-get update \
 RUN python3 -m venv /opt/kvrelay
 COPY . /source
 ARG PIP_INDEX_URL=
-RUN /opt/kvrelay/bin/pip install --no-cache-dir --no-compile "/source[router]"
+RUN /opt/kvrelay/bin/pip install --no-cache-dir "/source[router]"
 
 FROM python
 RUN groupadd --gid 10001 kvrelay \

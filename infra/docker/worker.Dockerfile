@@ -19,12 +19,12 @@ ARG VARIANT=cu130
 ARG TORCH_SPEC=torch==2.13.0
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/${VARIANT}
 # Alone and first: a resolver that sees the rest as well may prefer another build.
-RUN /opt/kvrelay/bin/pip install --no-cache-dir --no-compile --index-url "${TORCH_INDEX_URL}" "${TORCH_SPEC}"
+RUN /opt/kvrelay/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX_URL}" "${TORCH_SPEC}"
 COPY . /source
 # "all,aws" adds the router: for platforms that run one container (docs/deploy/one-container.md).
 ARG EXTRAS=worker,aws
 ARG PIP_INDEX_URL=
-RUN /opt/kvrelay/bin/pip install --no-cache-dir --no-compile "/source[${EXTRAS}]"
+RUN /opt/kvrelay/bin/pip install --no-cache-dir "/source[${EXTRAS}]"
 
 FROM python
 RUN groupadd --gid 10001 kvrelay \

@@ -83,6 +83,14 @@ def test_only_the_worker_needs_a_compiler_and_torch(file):
     assert ("TORCH_SPEC" in text) == is_worker
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_bytecode_is_in_the_image_where_no_start_could_write_it(file):
+    """The root is read-only, and compiling torch's modules anew takes seconds of every start."""
+    installs = [v for n, v in instructions(file) if n == "RUN" and "pip install" in v]
+    assert installs
+    assert not any("--no-compile" in each for each in installs)
+
+
 def test_the_builder_is_sent_what_the_wheel_is_made_of():
     rules = [r for r in (ROOT / ".dockerignore").read_text().splitlines() if r and r[0] != "#"]
 
