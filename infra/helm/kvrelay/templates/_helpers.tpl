@@ -45,6 +45,9 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- if and $hub (not $m.allowMutableRevision) (not (regexMatch "^[0-9a-f]{40}$" $m.revision)) }}
 {{- fail (printf "model.revision %q is no commit of %s: name one (40 hex digits), or set model.allowMutableRevision=true and accept that workers of one pool may load different weights" $m.revision $m.reference) }}
 {{- end }}
+{{- if and (hasPrefix "/models/" $m.reference) (not $m.existingClaim) }}
+{{- fail (printf "model.reference %q is on no volume: name the claim in model.existingClaim" $m.reference) }}
+{{- end }}
 {{- with $m.reference }}
 - {{ . | quote }}
 {{- end }}
