@@ -285,7 +285,7 @@ def test_the_service_monitor_finds_one_service(helm):
     [
         ({"model": {"reference": "Qwen/Qwen3-0.6B"}}, "no commit of Qwen/Qwen3-0.6B"),
         ({"model": {"reference": "Qwen/Qwen3-0.6B", "revision": "main"}}, '"main" is no commit'),
-        ({"model": {"reference": "/models/a"}}, "/models/a\" is on no volume"),
+        ({"model": {"reference": "/models/a"}}, '/models/a" is on no volume'),
         ({"image": {"router": {"tag": "latest"}}}, "tag"),
         ({"fabric": {"class": "infiniband"}}, "class"),
         ({"workers": {"gpus": 2}}, "gpus"),
