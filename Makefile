@@ -26,12 +26,13 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo "$$p"; break; }; done)
 endif
 
-.PHONY: help demo test lint gpu demo-model proto clean distclean
+.PHONY: help demo test infra-test lint gpu demo-model proto clean distclean
 
 help:
 	@echo 'make demo        start router, prefill and decode worker here and ask the demo model'
 	@echo 'make test        ruff, mypy, import rules, pytest'
 	@echo 'make lint        the same without pytest'
+	@echo 'make infra-test  what is deployed, validated: chart, images, compose, alerts, workflows'
 	@echo 'make gpu         tests and benchmark on an NVIDIA GPU, results in docs/results'
 	@echo 'make demo-model  train the embedded demo model again (CPU, under 45 minutes on 2 cores)'
 	@echo 'make proto       generate the protocol stubs from the .proto files'
@@ -45,6 +46,9 @@ test: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	@scripts/check.sh lint
+
+infra-test: $(VENV)/.installed-dev
+	@scripts/infra_test.sh
 
 gpu:
 	@PYTHON='$(PYTHON)' scripts/gpu.sh
