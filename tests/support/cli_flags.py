@@ -6,9 +6,6 @@ from kvrelay.cli.settings import resolve
 
 FLAGS = {"router": ROUTER_FLAGS, "prefill": WORKER_FLAGS, "decode": WORKER_FLAGS}
 
-ARRIVING = {"--scaler-port"}
-"""Flags that a chart may name before the command has them; behind `keda.enabled` alone."""
-
 
 def parse(arguments: list[str], environ: dict[str, str], *, files: tuple[str, ...] = ()) -> dict:
     """The settings that a container started like this ends up with.
@@ -28,8 +25,6 @@ def parse(arguments: list[str], environ: dict[str, str], *, files: tuple[str, ..
     given = {}
     for argument in rest:
         name, _, value = argument.partition("=")
-        if name in ARRIVING:
-            continue
         if not argument.startswith("-"):
             name, value = "model", argument
         assert name in by_name, f"kvrelay {role} has no {name}"

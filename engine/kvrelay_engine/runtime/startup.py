@@ -60,7 +60,7 @@ class Phases:
         """Counted from the start of this process, whose imports are its first phase."""
         running = _process_age_s()
         phases = cls(begun=time.monotonic() - running)
-        phases._ended("python, torch", phases._begun, {})
+        phases._ended("python, torch", phases.begun, {})
         return phases
 
     @contextmanager

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from cli_flags import ARRIVING, parse
+from cli_flags import parse
 from helm_library import CHART, EXAMPLES, HelmError
 
 CERTIFICATES = ("--tls-cert", "--tls-key", "--join-tls-cert", "--join-tls-key", "--join-tls-ca",
@@ -68,10 +68,17 @@ def test_every_container_is_started_with_flags_and_variables_that_the_command_ha
         settings(template)
 
 
-def test_only_keda_brings_a_flag_that_is_still_to_come(objects):
-    scaled = bool(of_kind(objects, "ScaledObject"))
-    named = {a.partition("=")[0] for t in pods(objects).values() for a in container(t)["args"]}
-    assert bool(named & ARRIVING) == scaled
+def test_the_router_decides_within_what_keda_may_do(objects):
+    (routers,) = of_kind(objects, "StatefulSet")
+    given = dict(a.partition("=")[::2] for a in container(routers["spec"]["template"])["args"])
+    scaled = {
+        s["spec"]["scaleTargetRef"]["name"]: s["spec"] for s in of_kind(objects, "ScaledObject")
+    }
+    assert ("--scaler-port" in given) == bool(scaled)
+    for name, spec in scaled.items():
+        pool = name.removeprefix("kvrelay-")
+        bounds = f"{spec['minReplicaCount']}:{spec['maxReplicaCount']}"
+        assert given[f"--scale-{pool}"] == bounds
 
 
 def test_no_container_inherits_addresses_of_services_as_settings(objects):
@@ -316,7 +323,7 @@ def test_the_notes_warn_of_what_is_open(helm):
     assert "plain text" in notes
     notes = helm.notes(VARIANTS["eks-efa"])
     assert "WARNING" not in notes
-    assert "--scaler-port" in notes
+    assert "it asks the routers at port 50052" in notes
 
 
 def test_the_chart_is_of_the_products_version():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_flags import ARRIVING, FLAGS
+from cli_flags import FLAGS
 
 from kvrelay.cli.commands.shared import STACK_FLAGS
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "docs" / "deploy"
 PAGES = sorted(FOLDER.glob("*.md"))
 PLATFORMS = [page for page in PAGES if page.stem not in {"README", "aws"}]
-KVRELAYS = {flag.name for flags in [*FLAGS.values(), STACK_FLAGS] for flag in flags} | ARRIVING
+KVRELAYS = {flag.name for flags in [*FLAGS.values(), STACK_FLAGS] for flag in flags}
 OTHERS = {
     "docker": {"--build-arg", "--build", "--profile", "--no-deps", "--gpus", "--stop-timeout"},
     "helm": {"--namespace", "--create-namespace", "--set", "--values"},
