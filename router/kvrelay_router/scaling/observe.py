@@ -40,9 +40,7 @@ def prefill_speed(workers: Sequence[WorkerState]) -> float | None:
     return None
 
 
-def decode_load(
-    workers: Sequence[WorkerState], *, parked_blocks: int, idle_s: float
-) -> DecodeLoad:
+def decode_load(workers: Sequence[WorkerState], *, parked_blocks: int, idle_s: float) -> DecodeLoad:
     """Sum over the decode workers that are not draining: theirs is the room for what comes.
 
     Args:

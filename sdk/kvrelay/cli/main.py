@@ -21,6 +21,7 @@ _COMMANDS = {
     "doctor": "versions, devices, limits, and the transport between two processes",
     "bench": "measure: engine, peers, start-up, serving, transfer, router",
     "chaos": "break a stack of its own under load and judge every answer",
+    "simulate": "a fleet on a virtual clock, under the real scaler and placement",
     "router": "the HTTP front alone (what its container runs)",
     "prefill": "one prefill worker (what its container runs)",
     "decode": "one decode worker (what its container runs)",
@@ -28,7 +29,7 @@ _COMMANDS = {
 _MODULES = {"prefill": "worker", "decode": "worker"}
 _EXTRA_OF = {"router": "router", "prefill": "worker", "decode": "worker", "chat": "all",
              "chaos": "all",
-             "bench": "bench"}  # fmt: skip
+             "bench": "bench", "simulate": "bench"}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
