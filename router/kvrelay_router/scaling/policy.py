@@ -191,7 +191,8 @@ def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _N
     # Decode workers compute prompts themselves where nobody else does; a few they may keep.
     local = max(1, state.decode.ready)
     share = load.arriving_tokens_per_second / speed / local
-    left = _left(state, Role.PREFILL, config, load.uncached_tokens / speed, share * local) / local
+    start_s = _start_s(state, Role.PREFILL, config)
+    left = load.uncached_tokens / speed / local - (1.0 - share) * start_s
     kept = share <= config.split_utilisation and left <= config.target_backlog_s
     if present:
         dispensable = kept and not demanded
@@ -208,35 +209,27 @@ def _prompt_workers(
 
     ```
     by rate:    arriving / utilisation
-    by backlog: what will be left of it when a worker asked for now is ready / patience
+    by backlog: the least n with  backlog - (n - arriving) * start <= n * patience
+                that is           (backlog + arriving * start) / (patience + start)
     patience:   target_backlog_s, but no less than a start takes
     ```
-    What the workers at hand will have finished by then is no reason to start another; and those that
-    are starting count, so that a backlog that grows meanwhile does not call for ever more. A replica
-    that works for a shorter time than it takes to start would cost more than it brings.
+    What will have been finished when a worker asked for now is ready is no reason to ask for it, and one
+    that works for a shorter time than it takes to start would cost more than it brings. Neither term
+    looks at how many workers there are: those on their way need no discount, and a constant load always
+    calls for the same number.
     """
     load, speed = state.prefill_load, _speed(memory)
     if load.uncached_tokens is None or load.arriving_tokens_per_second is None or not speed:
         return None
     arriving = load.arriving_tokens_per_second / speed
     by_rate = math.ceil(arriving / config.target_utilisation)
-    left = _left(state, role, config, load.uncached_tokens / speed, arriving)
-    patience = max(config.target_backlog_s, _start_s(state, role, config))
-    by_backlog = math.ceil(left / patience)
+    start_s = _start_s(state, role, config)
+    patience = max(config.target_backlog_s, start_s)
+    backlog_s = load.uncached_tokens / speed
+    by_backlog = math.ceil((backlog_s + arriving * start_s) / (patience + start_s))
     if by_rate >= by_backlog:
         return by_rate, Reason.RATE
     return by_backlog, Reason.BACKLOG
-
-
-def _left(
-    state: FleetState, role: Role, config: ScalerConfig, backlog_s: float, arriving: float
-) -> float:
-    """Backlog in worker-seconds when a replica of the pool asked for now would be ready."""
-    # Where nobody else computes prompts, the decode workers do.
-    workers = state.pool(role).desired or state.decode.ready
-    if not workers:
-        return backlog_s
-    return max(0.0, backlog_s - (workers - arriving) * _start_s(state, role, config))
 
 
 def _start_s(state: FleetState, role: Role, config: ScalerConfig) -> float:

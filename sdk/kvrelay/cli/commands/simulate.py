@@ -9,7 +9,7 @@ _FLAGS = (
     Flag("--trace", "Mooncake JSON lines, Azure CSV, or a synthetic load: lone, square, step, diurnal "
          "or swap", text, None, "load", "FILE|NAME", required=True),
     Flag("--fleet", "YAML: rates, starts, bounds and limits; or the name of one that comes with it: "
-         "h100-8b, h100-8b-sleep, h100-8b-one-pool", text, "h100-8b", "fleet", "FILE|NAME"),
+         "h100-8b, h100-8b-sleep, h100-8b-one-pool, h100-8b-one-pool-sleep", text, "h100-8b", "fleet", "FILE|NAME"),
     Flag("--copies", "every request so many times, within a minute", integer(1, 100000), 1, "load",
          "N"),
     Flag("--limit", "only the first requests", integer(1), None, "load", "N"),
