@@ -163,7 +163,7 @@ def test_shipped_fleets_can_be_read(name):
 
 
 def test_a_request_that_fits_no_worker_is_refused():
-    with pytest.raises(UsageError, match="raise rates.blocks"):
+    with pytest.raises(UsageError, match=r"raise rates\.blocks"):
         Simulation(WARM, AlwaysOn(Targets(1, 1))).run(_at(0.0, prompt=20_000))
 
 

@@ -163,7 +163,9 @@ def read_fleet(path: Path) -> Fleet:
 def _build(cls: type[_T], value: Any, where: str) -> _T:
     """A dataclass from a mapping, nested ones too; a ValueError names the key that is wrong."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where or 'the file'} must be a mapping of {cls.__name__.lower()} keys")
+        raise ValueError(  # noqa: TRY004 - a value of the file, whatever its type
+            f"{where or 'the file'} must be a mapping of {cls.__name__.lower()} keys"
+        )
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type] # only dataclasses get here
     for key in value:

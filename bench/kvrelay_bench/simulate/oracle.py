@@ -135,11 +135,11 @@ def cheapest(
     """
     arriving = list(work.arriving_s) + [0.0] * (math.ceil(limit_s / bin_s) + 1)
     floor = list(work.floor) + [0] * (len(arriving) - len(work.floor))
-    peak = max(max(floor), math.ceil(max(arriving) / bin_s), 1)
+    peak = max(*floor, math.ceil(max(arriving) / bin_s), 1)
     granule = max(1, math.ceil(peak / _LEVELS))
     levels = math.ceil(peak / granule)
     bounds = _windows(arriving, max(1, math.floor(limit_s / bin_s)))
-    fine = max(1, min(8, math.floor(_GRID * granule * bin_s / max(bounds + [1e-9]))))
+    fine = max(1, min(8, math.floor(_GRID * granule * bin_s / max(*bounds, 1e-9))))
     unit = granule * bin_s / fine
     done = np.floor(np.cumsum([0.0, *arriving]) / unit).astype(int)
     coming = np.diff(done)

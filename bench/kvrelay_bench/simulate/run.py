@@ -39,7 +39,7 @@ def run_simulate(values: SimpleNamespace) -> int:
         summarise_run(name, run, fleet.slo, oracle_s, warmup_s=values.warmup)
         for name, run in runs.items()
     ]
-    _print(fleet, plan, rows, oracle_s, runs["kvrelay"], took)
+    _print(fleet, plan, rows, oracle_s=oracle_s, run=runs["kvrelay"], took=took)
     if values.plot:
         title = f"{load_name(values)} on {fleet.name}"
         draw(
@@ -142,7 +142,7 @@ def _shown(value: str | Path | None) -> str | None:
 
 
 def _print(
-    fleet: Fleet, plan: Plan, rows: list[Outcome], oracle_s: float, run: Run, took: float
+    fleet: Fleet, plan: Plan, rows: list[Outcome], *, oracle_s: float, run: Run, took: float
 ) -> None:
     slo = fleet.slo
     print(

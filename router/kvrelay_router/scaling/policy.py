@@ -70,6 +70,16 @@ class _Need:
     idle_s: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """When one pool is decided on, and by what settings."""
+
+    now: float
+    config: PoolConfig
+    watched_s: float
+    """Since this scaler started."""
+
+
 def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) -> Decision:
     """Targets for both pools.
 
@@ -84,16 +94,18 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         memory for the next call. The same arguments give the same decision.
     """
     memory = _remember(memory, state, now, config)
+    watched_s = now - (now if memory.started_at is None else memory.started_at)
     decode, decode_why, decode_memory = _pool(
-        state.decode, _decode_need(state, config, memory), now, config.decode, memory.decode, memory
+        state.decode,
+        _decode_need(state, config, memory),
+        _Moment(now, config.decode, watched_s),
+        memory.decode,
     )
     prefill, prefill_why, prefill_memory = _pool(
         state.prefill,
         _prefill_need(state, config, memory),
-        now,
-        config.prefill,
+        _Moment(now, config.prefill, watched_s),
         memory.prefill,
-        memory,
     )
     afforded = _afford(Targets(prefill, decode), now, config, memory)
     if afforded.prefill < prefill:
@@ -248,88 +260,75 @@ def _speed(memory: Memory) -> float | None:
 def _pool(
     pool: PoolState,
     need: _Need,
-    now: float,
-    config: PoolConfig,
+    at: _Moment,
     mine: PoolMemory,
-    memory: Memory,
 ) -> tuple[int, Reason, PoolMemory]:
     """The target of one pool before the budget, its reason, and its memory."""
+    config = at.config
     foreign = mine.target is not None and mine.target != pool.desired
     current = mine.target if mine.target is not None else pool.desired
     floor = min(config.max, max(config.min, int(need.demanded and current > 0)))
-    current, mine = _give_up(pool, current, floor, now, config, mine)
-    target, why, mine = _damped(current, need, now, config, mine, memory)
+    current, mine = _give_up(pool, current, floor, at, mine)
+    target, why, mine = _damped(current, need, at, mine)
     clamped = min(config.max, max(config.min, target))
     if clamped != target:
         why = Reason.LIMIT if clamped < target else Reason.MINIMUM
     if clamped != current:
-        mine = replace(mine, changed_at=now, low_since=None, low_peak=0)
+        mine = replace(mine, changed_at=at.now, low_since=None, low_peak=0)
     elif foreign:
         why = Reason.SECOND_WRITER
     return clamped, why, mine
 
 
 def _give_up(
-    pool: PoolState, current: int, floor: int, now: float, config: PoolConfig, mine: PoolMemory
+    pool: PoolState, current: int, floor: int, at: _Moment, mine: PoolMemory
 ) -> tuple[int, PoolMemory]:
     """Cancel what was asked for too long ago, but never the only replica somebody waits for."""
-    expired = sum(now - since > config.start_timeout_s for since in pool.pending)
+    expired = sum(at.now - since > at.config.start_timeout_s for since in pool.pending)
     cancelled = min(expired, max(0, current - max(floor, pool.ready)))
     if not cancelled:
         return current, mine
-    return current - cancelled, replace(mine, blocked_until=now + config.start_timeout_s)
+    return current - cancelled, replace(mine, blocked_until=at.now + at.config.start_timeout_s)
 
 
 def _damped(
-    current: int,
-    need: _Need,
-    now: float,
-    config: PoolConfig,
-    mine: PoolMemory,
-    memory: Memory,
+    current: int, need: _Need, at: _Moment, mine: PoolMemory
 ) -> tuple[int, Reason, PoolMemory]:
     if need.demanded and current == 0 and need.replicas is None:
         return 1, Reason.WAKE, mine
     if need.replicas is None:
         return current, Reason.MISSING, replace(mine, low_since=None)
     if need.replicas > current:
-        if mine.blocked_until is not None and now < mine.blocked_until and current > 0:
+        if mine.blocked_until is not None and at.now < mine.blocked_until and current > 0:
             return current, Reason.BLOCKED, mine
         return need.replicas, need.why, replace(mine, low_since=None, low_peak=0)
     if need.replicas == current and not (current and need.dispensable):
         return current, Reason.STEADY, replace(mine, low_since=None, low_peak=0)
-    return _shrink(current, need, need.replicas, now, config, mine, memory)
+    return _shrink(current, need, need.replicas, at, mine)
 
 
 def _shrink(
-    current: int,
-    need: _Need,
-    replicas: int,
-    now: float,
-    config: PoolConfig,
-    mine: PoolMemory,
-    memory: Memory,
+    current: int, need: _Need, replicas: int, at: _Moment, mine: PoolMemory
 ) -> tuple[int, Reason, PoolMemory]:
     """Fewer would do: only when it has lasted, and to zero only when nobody came at all."""
-    since = now if mine.low_since is None else mine.low_since
+    since = at.now if mine.low_since is None else mine.low_since
     peak = replicas if mine.low_since is None else max(mine.low_peak, replicas)
     mine = replace(mine, low_since=since, low_peak=peak)
-    if mine.changed_at is not None and now - mine.changed_at < config.cooldown_s:
+    if mine.changed_at is not None and at.now - mine.changed_at < at.config.cooldown_s:
         return current, Reason.COOLDOWN, mine
-    if need.dispensable and _idle(need, now, config, memory):
+    if need.dispensable and _idle(need, at):
         return 0, Reason.IDLE, mine
     keep = max(peak, 1)
     if keep >= current:
         return current, Reason.NOT_IDLE if need.dispensable else Reason.STABILISING, mine
-    if now - since < config.stabilisation_s:
+    if at.now - since < at.config.stabilisation_s:
         return current, Reason.STABILISING, mine
     return keep, Reason.SURPLUS, mine
 
 
-def _idle(need: _Need, now: float, config: PoolConfig, memory: Memory) -> bool:
+def _idle(need: _Need, at: _Moment) -> bool:
     """Nobody came for `idle_s`, and this scaler has watched for as long itself."""
-    watched = now - (now if memory.started_at is None else memory.started_at)
-    return need.idle_s is not None and min(need.idle_s, watched) >= config.idle_s
+    return need.idle_s is not None and min(need.idle_s, at.watched_s) >= at.config.idle_s
 
 
 # ---- what is averaged

@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 from fleets import CONFIG, after, decode_load, fleet, obeyed, pool, prefill_load
-
 from hypothesis import given, settings
-
 from hypothesis import strategies as st
 
 from kvrelay_router.scaling import (
