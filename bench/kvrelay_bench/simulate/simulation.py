@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from kvrelay_bench.serve.workload import PlannedRequest
 from kvrelay_bench.simulate.fleet import Fleet
@@ -23,6 +23,9 @@ _CANDIDATES = 24
 """Workers of each pool that one placement compares. A larger fleet draws as many by lot, which spreads
 load nearly as well (the power of d choices, Mitzenmacher 2001) and never in the policy's favour.
 """
+
+
+_W = TypeVar("_W")
 
 
 class Policy(Protocol):
@@ -75,7 +78,6 @@ class Simulation:
         self._idle_since = 0.0
         self._prompts_idle_since = 0.0
         self._ticking = False
-        self._ended_at = 0.0
 
     def run(self, plans: Sequence[PlannedRequest]) -> Run:
         """Serve all of it.
@@ -92,8 +94,8 @@ class Simulation:
                 )
         self._prefill.begin(self._fleet.prefill.initial)
         self._decode.begin(self._fleet.decode.initial)
-        for worker in (*self._prefill.ready, *self._decode.ready):
-            self._by_name[worker.name] = worker
+        self._by_name.update({worker.name: worker for worker in self._prefill.ready})
+        self._by_name.update({worker.name: worker for worker in self._decode.ready})
         self._tick(0.0)
         arriving = deque(requests)
         now = 0.0
@@ -240,12 +242,14 @@ class Simulation:
 
     def _candidates(self) -> list[WorkerState]:
         return [
-            worker.state()
-            for pool in (self._prefill.ready, self._decode.ready)
-            for worker in (
-                pool if len(pool) <= _CANDIDATES else self._random.sample(pool, _CANDIDATES)
-            )
+            *(worker.state() for worker in self._some(self._prefill.ready)),
+            *(worker.state() for worker in self._some(self._decode.ready)),
         ]
+
+    def _some(self, workers: list[_W]) -> list[_W]:
+        if len(workers) <= _CANDIDATES:
+            return workers
+        return self._random.sample(workers, _CANDIDATES)
 
     # ---- deciding
 
