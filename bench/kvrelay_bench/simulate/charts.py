@@ -33,9 +33,10 @@ def draw(
         demand.step(times, arriving, where="post", color=COLOURS[0], linewidth=0.9)
         demand.set_ylabel("prefill workers' worth of prompts arriving")
         demand.set_xlabel(name)
-        for place, (pool, label) in enumerate(((run.prefill, "prefill"), (run.decode, "decode"))):
+        timelines = {"prefill": run.prefill.timeline, "decode": run.decode.timeline}
+        for place, (label, timeline) in enumerate(timelines.items()):
             replicas.step(
-                [t / unit for t, _ in pool.timeline], [n for _, n in pool.timeline],
+                [t / unit for t, _ in timeline], [n for _, n in timeline],
                 where="post", color=COLOURS[place], label=label,
             )  # fmt: skip
         total = [t.prefill + t.decode for t in plan.replicas]
