@@ -4,7 +4,7 @@ The oracle is told, of a run that has been simulated, what each request turned o
 of prompt computation after the prefix cache, blocks and time of its stream. It chooses whole replicas
 for every bin of time and pays for them, and for the time of a start whenever it adds one; but it
 starts early enough for each to be ready when it is needed. It is a lower bound for a scaler that serves
-everything in time, up to the width of a bin, because everything else is in its favour:
+the same streams in time, up to the width of a bin, because everything else is in its favour:
 
 - work is a fluid: it divides among workers without rest, waits in no order, and is served at the
   latest moment that its time limit allows (earliest deadline first, which is optimal);
@@ -13,8 +13,11 @@ everything in time, up to the width of a bin, because everything else is in its 
 - the fleet's minima do not bind it: it may go to zero at any time.
 
 It may also merge both pools into one for the whole trace where that is cheaper, since decode workers can
-compute prompts; decoding is then taken to be undisturbed by them. In both cases it is below what any
-real plan takes, so that a policy's GPU-hours over the oracle's are an upper bound of its regret.
+compute prompts; decoding is then taken to be undisturbed by them.
+
+When streams run is taken from the run and not rearranged, which is the one thing a cleverer plan could
+gain by; in a load of hours with a handful of requests a bin is longer than what they take, and the
+bound means nothing.
 
 It serves *every* request in time. A plan that may fail one in a hundred could be cheaper still by what
 these take; which ones they are is a knapsack problem that is not solved here.
