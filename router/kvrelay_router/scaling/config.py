@@ -23,13 +23,15 @@ class PoolConfig:
     """Fewer replicas must have sufficed for this long before any is let go."""
     cooldown_s: float = 30.0
     """Pause between a change and a scale-down. A scale-up never waits: late costs users."""
+    start_s: float = 10.0
+    """What a start is expected to take, before one has been measured."""
     start_timeout_s: float = 300.0
     """A replica that has not joined by then is cancelled, and for as long no other is asked for."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.max:
             raise ValueError(f"min {self.min} must be from 0 to max {self.max}")
-        for name in ("idle_s", "stabilisation_s", "cooldown_s", "start_timeout_s"):
+        for name in ("idle_s", "stabilisation_s", "cooldown_s", "start_s", "start_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
 
@@ -74,7 +76,7 @@ class ScalerConfig:
     target_block_occupancy: float = 0.8
     target_streams: int = 64
     """Live streams of one decode worker; beyond it the time per token exceeds what is promised."""
-    split_utilisation: float = 0.3
+    split_utilisation: float = 0.5
     """Decode workers alone may spend this share of their time on prompts; beyond it prefill wakes."""
     budget: Budget = field(default_factory=Budget)
 

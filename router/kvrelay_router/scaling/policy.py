@@ -20,6 +20,8 @@ from kvrelay_router.scaling.state import (
 )
 
 _HOUR = 3600.0
+_SPEED_S = 60.0
+"""The speed last measured depends on the prompts it was measured with."""
 _SURPLUS_S = 60.0
 """Replicas above the reserved ones must be affordable for this long."""
 
@@ -67,6 +69,16 @@ class _Need:
     idle_s: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """When one pool is decided on, and by what settings."""
+
+    now: float
+    config: PoolConfig
+    watched_s: float
+    """Since this scaler started."""
+
+
 def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) -> Decision:
     """Targets for both pools.
 
@@ -80,17 +92,19 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         Targets within min and max of each pool and within the budget, with a reason each, and the
         memory for the next call. The same arguments give the same decision.
     """
-    memory = _account(memory, state, now)
+    memory = _remember(memory, state, now, config)
+    watched_s = now - (now if memory.started_at is None else memory.started_at)
     decode, decode_why, decode_memory = _pool(
-        state.decode, _decode_need(state, config, memory), now, config.decode, memory.decode, memory
+        state.decode,
+        _decode_need(state, config, memory),
+        _Moment(now, config.decode, watched_s),
+        memory.decode,
     )
     prefill, prefill_why, prefill_memory = _pool(
         state.prefill,
         _prefill_need(state, config, memory),
-        now,
-        config.prefill,
+        _Moment(now, config.prefill, watched_s),
         memory.prefill,
-        memory,
     )
     afforded = _afford(Targets(prefill, decode), now, config, memory)
     if afforded.prefill < prefill:
@@ -142,14 +156,10 @@ def _decode_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Ne
         return unknown
     wants = [(int(demanded), Reason.WAKE if state.decode.desired == 0 else Reason.STEADY)]
     if state.decode.ready:  # before that, one serves whoever is parked and shows what it can do
-        live = load.streams + load.waiting + state.parked
-        wants.append((math.ceil(live / config.target_streams), Reason.STREAMS))
-        blocks = load.total_blocks / state.decode.ready * config.target_block_occupancy
-        if blocks:
-            wanted = (load.used_blocks + load.waiting_blocks) / blocks
-            wants.append((math.ceil(wanted), Reason.OCCUPANCY))
+        if demanded and memory.decode_wanted is not None:
+            wants.append((math.ceil(memory.decode_wanted), Reason(memory.decode_why)))
         if config.prefill.max == 0:
-            prompts = _prompt_workers(state, state.decode, config, memory)
+            prompts = _prompt_workers(state, Role.DECODE, config, memory)
             if prompts is None:
                 return unknown
             wants.append(prompts)
@@ -157,11 +167,30 @@ def _decode_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Ne
     return _Need(replicas, why, demanded, dispensable=not demanded, idle_s=load.idle_s)
 
 
+def _decode_wanted(state: FleetState, config: ScalerConfig) -> tuple[float, Reason] | None:
+    """Decode workers' worth of what is there: summed blocks, or streams; None if it can't be told."""
+    load, ready = state.decode_load, state.decode.ready
+    if (
+        not ready
+        or not load.total_blocks
+        or load.used_blocks is None
+        or load.waiting_blocks is None
+        or load.streams is None
+        or load.waiting is None
+        or state.parked is None
+    ):
+        return None
+    each = load.total_blocks / ready * config.target_block_occupancy
+    blocks = (load.used_blocks + load.waiting_blocks) / each
+    streams = (load.streams + load.waiting + state.parked) / config.target_streams
+    return (blocks, Reason.OCCUPANCY) if blocks >= streams else (streams, Reason.STREAMS)
+
+
 def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Need:
-    load, speed = state.prefill_load, _speed(state, memory)
+    load, speed = state.prefill_load, _speed(memory)
     present = state.prefill.desired > 0
     demanded = present and bool(load.uncached_tokens)
-    prompts = _prompt_workers(state, state.prefill, config, memory)
+    prompts = _prompt_workers(state, Role.PREFILL, config, memory)
     if (
         prompts is None
         or speed is None
@@ -173,8 +202,9 @@ def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _N
     # Decode workers compute prompts themselves where nobody else does; a few they may keep.
     local = max(1, state.decode.ready)
     share = load.arriving_tokens_per_second / speed / local
-    backlog_s = load.uncached_tokens / speed / local
-    kept = share <= config.split_utilisation and backlog_s <= _patience(state.prefill, config)
+    start_s = _start_s(state, Role.PREFILL, config)
+    left = load.uncached_tokens / speed / local - (1.0 - share) * start_s
+    kept = share <= config.split_utilisation and left <= config.target_backlog_s
     if present:
         dispensable = kept and not demanded
         return _Need(replicas, why, demanded, dispensable=dispensable, idle_s=load.idle_s)
@@ -184,30 +214,43 @@ def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _N
 
 
 def _prompt_workers(
-    state: FleetState, pool: PoolState, config: ScalerConfig, memory: Memory
+    state: FleetState, role: Role, config: ScalerConfig, memory: Memory
 ) -> tuple[int, Reason] | None:
-    """max(backlog / patience, arrivals / utilisation), both in worker-seconds; None unmeasured."""
-    load, speed = state.prefill_load, _speed(state, memory)
+    """Workers by arrivals and by backlog, in worker-seconds; None where they can't be told.
+
+    ```
+    by rate:    arriving / utilisation
+    by backlog: the least n with  backlog - (n - arriving) * start <= n * patience
+                that is           (backlog + arriving * start) / (patience + start)
+    patience:   target_backlog_s, but no less than a start takes
+    ```
+    What will have been finished when a worker asked for now is ready is no reason to ask for it, and one
+    that works for a shorter time than it takes to start would cost more than it brings. Neither term
+    looks at how many workers there are: those on their way need no discount, and a constant load always
+    calls for the same number.
+    """
+    load, speed = state.prefill_load, _speed(memory)
     if load.uncached_tokens is None or load.arriving_tokens_per_second is None or not speed:
         return None
-    by_backlog = math.ceil(load.uncached_tokens / speed / _patience(pool, config))
-    by_rate = math.ceil(load.arriving_tokens_per_second / speed / config.target_utilisation)
+    arriving = load.arriving_tokens_per_second / speed
+    by_rate = math.ceil(arriving / config.target_utilisation)
+    start_s = _start_s(state, role, config)
+    patience = max(config.target_backlog_s, start_s)
+    backlog_s = load.uncached_tokens / speed
+    by_backlog = math.ceil((backlog_s + arriving * start_s) / (patience + start_s))
     if by_rate >= by_backlog:
         return by_rate, Reason.RATE
     return by_backlog, Reason.BACKLOG
 
 
-def _patience(pool: PoolState, config: ScalerConfig) -> float:
-    """Backlog of one worker, in seconds, that calls for another.
-
-    What the workers at hand will have finished before another could start is no reason to start it:
-    such a backlog grows during the start and would call for ever more.
-    """
-    return max(config.target_backlog_s, pool.start_s or 0.0)
+def _start_s(state: FleetState, role: Role, config: ScalerConfig) -> float:
+    """What a start of the pool takes: as measured, else as expected."""
+    measured = state.pool(role).start_s
+    return config.pool(role).start_s if measured is None else measured
 
 
-def _speed(state: FleetState, memory: Memory) -> float | None:
-    return state.prefill_load.tokens_per_second or memory.tokens_per_second
+def _speed(memory: Memory) -> float | None:
+    return memory.tokens_per_second
 
 
 # ---- damping
@@ -216,95 +259,110 @@ def _speed(state: FleetState, memory: Memory) -> float | None:
 def _pool(
     pool: PoolState,
     need: _Need,
-    now: float,
-    config: PoolConfig,
+    at: _Moment,
     mine: PoolMemory,
-    memory: Memory,
 ) -> tuple[int, Reason, PoolMemory]:
     """The target of one pool before the budget, its reason, and its memory."""
+    config = at.config
     foreign = mine.target is not None and mine.target != pool.desired
     current = mine.target if mine.target is not None else pool.desired
     floor = min(config.max, max(config.min, int(need.demanded and current > 0)))
-    current, mine = _give_up(pool, current, floor, now, config, mine)
-    target, why, mine = _damped(current, need, now, config, mine, memory)
+    current, mine = _give_up(pool, current, floor, at, mine)
+    target, why, mine = _damped(current, need, at, mine)
     clamped = min(config.max, max(config.min, target))
     if clamped != target:
         why = Reason.LIMIT if clamped < target else Reason.MINIMUM
     if clamped != current:
-        mine = replace(mine, changed_at=now, low_since=None, low_peak=0)
+        mine = replace(mine, changed_at=at.now, low_since=None, low_peak=0)
     elif foreign:
         why = Reason.SECOND_WRITER
     return clamped, why, mine
 
 
 def _give_up(
-    pool: PoolState, current: int, floor: int, now: float, config: PoolConfig, mine: PoolMemory
+    pool: PoolState, current: int, floor: int, at: _Moment, mine: PoolMemory
 ) -> tuple[int, PoolMemory]:
     """Cancel what was asked for too long ago, but never the only replica somebody waits for."""
-    expired = sum(now - since > config.start_timeout_s for since in pool.pending)
+    expired = sum(at.now - since > at.config.start_timeout_s for since in pool.pending)
     cancelled = min(expired, max(0, current - max(floor, pool.ready)))
     if not cancelled:
         return current, mine
-    return current - cancelled, replace(mine, blocked_until=now + config.start_timeout_s)
+    return current - cancelled, replace(mine, blocked_until=at.now + at.config.start_timeout_s)
 
 
 def _damped(
-    current: int,
-    need: _Need,
-    now: float,
-    config: PoolConfig,
-    mine: PoolMemory,
-    memory: Memory,
+    current: int, need: _Need, at: _Moment, mine: PoolMemory
 ) -> tuple[int, Reason, PoolMemory]:
     if need.demanded and current == 0 and need.replicas is None:
         return 1, Reason.WAKE, mine
     if need.replicas is None:
         return current, Reason.MISSING, replace(mine, low_since=None)
     if need.replicas > current:
-        if mine.blocked_until is not None and now < mine.blocked_until and current > 0:
+        if mine.blocked_until is not None and at.now < mine.blocked_until and current > 0:
             return current, Reason.BLOCKED, mine
         return need.replicas, need.why, replace(mine, low_since=None, low_peak=0)
-    if need.replicas == current:
+    if need.replicas == current and not (current and need.dispensable):
         return current, Reason.STEADY, replace(mine, low_since=None, low_peak=0)
-    return _shrink(current, need, need.replicas, now, config, mine, memory)
+    return _shrink(current, need, need.replicas, at, mine)
 
 
 def _shrink(
-    current: int,
-    need: _Need,
-    replicas: int,
-    now: float,
-    config: PoolConfig,
-    mine: PoolMemory,
-    memory: Memory,
+    current: int, need: _Need, replicas: int, at: _Moment, mine: PoolMemory
 ) -> tuple[int, Reason, PoolMemory]:
     """Fewer would do: only when it has lasted, and to zero only when nobody came at all."""
-    since = now if mine.low_since is None else mine.low_since
+    since = at.now if mine.low_since is None else mine.low_since
     peak = replicas if mine.low_since is None else max(mine.low_peak, replicas)
     mine = replace(mine, low_since=since, low_peak=peak)
-    if mine.changed_at is not None and now - mine.changed_at < config.cooldown_s:
+    if mine.changed_at is not None and at.now - mine.changed_at < at.config.cooldown_s:
         return current, Reason.COOLDOWN, mine
-    if need.dispensable and _idle(need, now, config, memory):
+    if need.dispensable and _idle(need, at):
         return 0, Reason.IDLE, mine
     keep = max(peak, 1)
     if keep >= current:
-        return current, Reason.NOT_IDLE if peak < current else Reason.STABILISING, mine
-    if now - since < config.stabilisation_s:
+        return current, Reason.NOT_IDLE if need.dispensable else Reason.STABILISING, mine
+    if at.now - since < at.config.stabilisation_s:
         return current, Reason.STABILISING, mine
     return keep, Reason.SURPLUS, mine
 
 
-def _idle(need: _Need, now: float, config: PoolConfig, memory: Memory) -> bool:
+def _idle(need: _Need, at: _Moment) -> bool:
     """Nobody came for `idle_s`, and this scaler has watched for as long itself."""
-    watched = now - (now if memory.started_at is None else memory.started_at)
-    return need.idle_s is not None and min(need.idle_s, watched) >= config.idle_s
+    return need.idle_s is not None and min(need.idle_s, at.watched_s) >= at.config.idle_s
+
+
+# ---- what is averaged
+
+
+def _remember(memory: Memory, state: FleetState, now: float, config: ScalerConfig) -> Memory:
+    """What this state adds to the averages and to the account."""
+    passed = 0.0 if memory.decided_at is None else max(0.0, now - memory.decided_at)
+    memory = _account(memory, state, now)
+    speed = state.prefill_load.tokens_per_second
+    if speed:
+        speed = _average(memory.tokens_per_second, speed, passed, _SPEED_S)
+        memory = replace(memory, tokens_per_second=speed)
+    wanted = _decode_wanted(state, config)
+    if wanted is None:
+        # Without a worker there is nothing to average; an unknown metric leaves what was known.
+        return memory if state.decode.ready else replace(memory, decode_wanted=None)
+    # A replica helps only against what outlasts its start.
+    over_s = _start_s(state, Role.DECODE, config)
+    average = _average(memory.decode_wanted, wanted[0], passed, over_s)
+    return replace(memory, decode_wanted=average, decode_why=str(wanted[1]))
+
+
+def _average(before: float | None, value: float, passed_s: float, over_s: float) -> float:
+    """Exponential moving average of irregular samples."""
+    if before is None or over_s <= 0:
+        return value
+    return value + (before - value) * math.exp(-passed_s / over_s)
 
 
 # ---- budget
 
 
 def _account(memory: Memory, state: FleetState, now: float) -> Memory:
-    """Remember when we began, the speed last measured, and what the fleet has cost this hour."""
+    """When we began, and what the fleet has cost this hour."""
     began = now if memory.hour_began is None else memory.hour_began
     spent, last = memory.hour_spent, now if memory.decided_at is None else memory.decided_at
     running = sum(p.ready + len(p.pending) + p.draining for p in (state.prefill, state.decode))
@@ -314,7 +372,6 @@ def _account(memory: Memory, state: FleetState, now: float) -> Memory:
     return replace(
         memory,
         started_at=now if memory.started_at is None else memory.started_at,
-        tokens_per_second=_speed(state, memory),
         decided_at=now,
         hour_began=began,
         hour_spent=spent + running * max(0.0, now - last),

@@ -34,7 +34,7 @@ class PrefillLoad:
     tokens_per_second: float | None = None
     """Of one worker, measured around the computation itself; None before the first prompt."""
     arriving_tokens_per_second: float | None = None
-    """Uncached prompt tokens asked for, averaged over about a minute (`meter.DemandMeter`)."""
+    """Uncached prompt tokens asked for, averaged over minutes (`meter.DemandMeter`)."""
     idle_s: float | None = None
     """Since the pool last had a prompt to compute; 0 while it has."""
 
@@ -98,7 +98,11 @@ class Memory:
     decode: PoolMemory = field(default_factory=PoolMemory)
     started_at: float | None = None
     tokens_per_second: float | None = None
-    """Prefill speed when it was last known: a pool at zero has nobody to measure."""
+    """Prefill speed of late, averaged; a pool at zero has nobody to measure."""
+    decode_wanted: float | None = None
+    """Decode workers' worth of streams, averaged over the time of a start."""
+    decode_why: str = ""
+    """Whether blocks or the number of streams call for most of it."""
     decided_at: float | None = None
     hour_began: float | None = None
     hour_spent: float = 0.0
