@@ -57,6 +57,11 @@ def inventory(session: boto3.Session, stack: str) -> dict[str, list[Any]]:
             _RANDOM.sub("", name)
             for name in ecs_backends[_ACCOUNT][session.region_name].capacity_providers
         ),
+        "services": sorted(
+            service.name
+            for service in ecs_backends[_ACCOUNT][session.region_name].services.values()
+            if service.status == "ACTIVE"
+        ),
         "tagged": sorted(
             _RANDOM.sub("", item["ResourceARN"].split("/")[0])
             for item in _client(session, "resourcegroupstaggingapi").get_resources(

@@ -3,11 +3,8 @@
 from typing import Any
 
 import boto3
-import botocore.session
 
 REGION = "us-east-1"
-_MODELS = botocore.session.Session().get_component("data_loader")
-"""Read once for all sessions."""
 
 
 class Crashed(BaseException):
@@ -15,15 +12,17 @@ class Crashed(BaseException):
 
 
 class CrashingSession:
-    """`session` raises at call number `at`, from 0: between that call and the one before."""
+    """After `crash_at(n)`, `session` raises at the call number n from 0: between it and the one before."""
 
-    def __init__(self, region: str, at: int | None = None) -> None:
+    def __init__(self) -> None:
         self.calls: list[str] = []
-        self._at = at
-        core = botocore.session.Session()
-        core.register_component("data_loader", _MODELS)
-        self.session = boto3.Session(botocore_session=core, region_name=region)
+        self._at = -1
+        self.session = boto3.Session(region_name=REGION)
         self.session.events.register("before-call", self._before)
+
+    def crash_at(self, number: int) -> None:
+        self._at = number
+        self.calls = []
 
     def _before(self, model: Any, **_: Any) -> None:
         if len(self.calls) == self._at:

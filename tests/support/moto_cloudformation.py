@@ -12,7 +12,7 @@ import yaml
 from moto.cloudformation.utils import yaml_tag_constructor
 from moto.cloudwatch.models import cloudwatch_backends
 from moto.core.common_models import CloudFormationModel
-from moto.ecs.models import Cluster, ecs_backends
+from moto.ecs.models import Cluster, Service, ecs_backends
 from moto.elbv2.models import FakeTargetGroup, elbv2_backends
 from moto.secretsmanager.models import secretsmanager_backends
 from moto.servicediscovery.models import servicediscovery_backends
@@ -181,6 +181,12 @@ def _cluster_gone(cls, resource_name, cloudformation_json, account_id, region_na
     ecs_backends[account_id][region_name].delete_cluster(resource_name)
 
 
+def _service_gone(cls, resource_name, cloudformation_json, account_id, region_name):
+    _, cluster, service = resource_name.split("/")  # an ARN
+    ecs_backends[account_id][region_name].delete_service(cluster, service, force=True)
+
+
 # moto makes these of a stack and leaves them behind.
 FakeTargetGroup.delete_from_cloudformation_json = classmethod(_target_group_gone)
+Service.delete_from_cloudformation_json = classmethod(_service_gone)
 Cluster.delete_from_cloudformation_json = classmethod(_cluster_gone)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from kvrelay_router.requests.placement import Role
 from kvrelay_router.scaling.config import PoolConfig, ScalerConfig
 from kvrelay_router.scaling.state import (
     Decision,

@@ -27,18 +27,18 @@ def apply(it, settings):
     try:
         it.apply(settings)
     except ProviderMissing:
-        s3 = boto3.Session(region_name=REGION).client("s3")
-        s3.put_object(Bucket=BUCKET, Key="model/config.json", Body=b"{}")
+        it._s3.put_object(Bucket=BUCKET, Key="model/config.json", Body=b"{}")
         it.apply(settings)
 
 
 def crash_everywhere(run):
     """Run it with a crash before its call 0, 1, 2 ...; yields after each, and ends with a whole run."""
-    at = 0
+    crashing, at = CrashingSession(), 0
+    it = deployment(crashing.session)
     while True:
-        crashing = CrashingSession(REGION, at)
+        crashing.crash_at(at)
         try:
-            run(deployment(crashing.session))
+            run(it)
         except Crashed:
             yield crashing.calls
             at += 1
@@ -48,18 +48,18 @@ def crash_everywhere(run):
 
 
 def test_apply_converges_after_a_crash_between_any_two_calls(aws, settings):
-    empty = inventory(aws, NAME)
-    apply(deployment(aws), settings)
+    healthy, empty = deployment(aws), inventory(aws, NAME)
+    apply(healthy, settings)
     whole, running = inventory(aws, NAME), desired(aws, NAME)
     assert running == {"kvrelay-router": 1, "kvrelay-prefill": 0, "kvrelay-decode": 0}
     assert {kind for kind, found in whole.items() if found == empty[kind]} == set()
+    healthy.destroy(delete_models=True)
     crashed: list[list[str]] = []
-    deployment(aws).destroy(delete_models=True)
     for calls in crash_everywhere(lambda it: apply(it, settings)):
-        apply(deployment(aws), settings)
+        apply(healthy, settings)
         assert inventory(aws, NAME) == whole, calls
         assert desired(aws, NAME) == running, calls
-        deployment(aws).destroy(delete_models=True)
+        healthy.destroy(delete_models=True)
         crashed.append(calls)
     assert {"CreateBucket", "PutPublicAccessBlock", "PutBucketTagging", "CreateStack"} <= set(
         crashed[-1]
@@ -67,14 +67,13 @@ def test_apply_converges_after_a_crash_between_any_two_calls(aws, settings):
 
 
 def test_destroy_leaves_nothing_after_a_crash_between_any_two_calls(aws, settings):
-    empty = inventory(aws, NAME)
+    healthy, empty = deployment(aws), inventory(aws, NAME)
+    apply(healthy, settings)
     crashed: list[list[str]] = []
-
-    apply(deployment(aws), settings)
     for calls in crash_everywhere(lambda it: it.destroy(delete_models=True)):
-        assert deployment(aws).destroy(delete_models=True) == []
+        assert healthy.destroy(delete_models=True) == []
         assert inventory(aws, NAME) == empty, calls
-        apply(deployment(aws), settings)
+        apply(healthy, settings)
         crashed.append(calls)
     assert inventory(aws, NAME) == empty
     assert {"UpdateService", "UpdateAutoScalingGroup", "DeleteStack", "DeleteObjects"} <= set(

@@ -86,8 +86,9 @@ class Deployment:
             bucket, prefix = self._bucket(), MODEL_PREFIX
             self._ensure_bucket(bucket)
         self._require_model(bucket, prefix)
+        there = self._desired()
         desired = {
-            pool: min(max(self._desired(pool), size.least), size.most)
+            pool: min(max(there[pool], size.least), size.most)
             for pool, size in settings.pools.items()
         }
         self._stack.ensure(template(), settings.parameters(desired, bucket))
@@ -124,10 +125,14 @@ class Deployment:
 
     # --- pools ------------------------------------------------------------------------------------
 
-    def _desired(self, pool: Pool) -> int:
-        """What the service has now; 0 before there is one."""
-        found = self._services([service_names(self._name)[pool]])
-        return found[0]["desiredCount"] if found else 0
+    def _desired(self) -> dict[Pool, int]:
+        """What the services have now; 0 before there are any."""
+        names = service_names(self._name)
+        found = {
+            service["serviceName"]: service["desiredCount"]
+            for service in self._services(list(names.values()))
+        }
+        return {pool: found.get(name, 0) for pool, name in names.items()}
 
     def _services(self, names: list[str]) -> "list[ServiceTypeDef]":
         with explained(f"cluster {self._name}"):
