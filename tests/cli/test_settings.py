@@ -207,7 +207,7 @@ def test_bad_bounds_are_named_with_what_they_must_be(text):
 
 @pytest.mark.parametrize(
     "provider",
-    ["foo", "foo:x", "local", "local:", "LOCAL:x", "ecs:c", "ecs:c/p", "kubernetes:/p,d"],
+    ["foo", "foo:x", "local", "local:", "LOCAL:x", "ecs:c/p,d"],
 )
 def test_an_unknown_provider_is_one_line_that_says_what_there_is(provider):
     from kvrelay.cli.scaling import read_scaling

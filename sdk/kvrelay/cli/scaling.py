@@ -10,10 +10,7 @@ if TYPE_CHECKING:
     from kvrelay_router.scaling.config import ScalerConfig
     from kvrelay_router.scaling.loop import Provider, Scaling
 
-_FORMS = "local:SOCKET, kubernetes:NAMESPACE/PREFILL,DECODE or ecs:CLUSTER/PREFILL,DECODE"
-
-
-def read_scaling(values: SimpleNamespace) -> "Scaling | None":
+_FORMS = "local:SOCKET, kubernetes:NAMESPACE/PREFILL,DECODE or aws:CLUSTER/PREFILL,DECODE"def read_scaling(values: SimpleNamespace) -> "Scaling | None":
     """How many workers there may be, and who starts them; None where nobody does.
 
     Raises:
@@ -40,7 +37,7 @@ def read_scaling(values: SimpleNamespace) -> "Scaling | None":
 
         running = {role: config.pool(role).min for role in Role}
         return Scaling(config, SocketProvider(where), running)
-    return Scaling(config, _cluster(values.provider, kind, where), None)
+    return Scaling(config, _cluster(values.provider, kind), None)
 
 
 def _config(values: SimpleNamespace) -> "ScalerConfig":
@@ -63,31 +60,18 @@ def _config(values: SimpleNamespace) -> "ScalerConfig":
         raise UsageError(f"--scale-prefill, --scale-decode: {error}") from None
 
 
-def _cluster(given: str, kind: str, where: str) -> "Provider":
+def _cluster(given: str, kind: str) -> "Provider":
     """The provider of two named things in a named place."""
-    from kvrelay_infra.providers import Pool
+    from kvrelay_infra.providers import open_provider
 
-    place, _, named = where.partition("/")
-    prefill, _, decode = named.partition(",")
-    if kind not in {"kubernetes", "ecs"} or not (place and prefill and decode):
+    if kind not in {"kubernetes", "aws"}:
         raise UsageError(f"--provider {given}: must be {_FORMS}")
-    pools = {Pool.PREFILL: prefill, Pool.DECODE: decode}
-    provider: PoolProvider
     try:
-        if kind == "kubernetes":
-            from kvrelay_infra.providers.kubernetes import KubernetesProvider
-
-            provider = KubernetesProvider.connect(namespace=place, deployments=pools)
-        else:
-            from kvrelay_infra.providers.aws.provider import AwsProvider
-
-            provider = AwsProvider.connect(cluster=place, services=pools)
+        return _ByName(open_provider(given))
     except ImportError as missing:
-        extra = "kubernetes" if kind == "kubernetes" else "aws"
         raise UsageError(
-            f"--provider {given} needs {missing.name}: pip install 'kvrelay[{extra}]'"
+            f"--provider {given} needs {missing.name}: pip install 'kvrelay[{kind}]'"
         ) from None
-    return _ByName(provider)
 
 
 class _ByName:

@@ -158,7 +158,7 @@ WAKING = (
 )  # fmt: skip
 SCALING = (
     Flag("--provider", "who starts and stops workers: kubernetes:NAMESPACE/PREFILL,DECODE "
-         "(Deployments), ecs:CLUSTER/PREFILL,DECODE (services), local:SOCKET", text, None,
+         "(Deployments), aws:CLUSTER/PREFILL,DECODE (ECS services), local:SOCKET", text, None,
          "scaling", "KIND:WHERE"),
     Flag("--scaler-port", "KEDA starts and stops workers, and asks here how many",
          integer(0, 65535), None, "scaling", "PORT"),
