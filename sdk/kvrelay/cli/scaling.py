@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from kvrelay_router.scaling.config import ScalerConfig
     from kvrelay_router.scaling.loop import Provider, Scaling
 
-_FORMS = "local:SOCKET, kubernetes:NAMESPACE/PREFILL,DECODE or aws:CLUSTER/PREFILL,DECODE"def read_scaling(values: SimpleNamespace) -> "Scaling | None":
+_FORMS = "local:SOCKET, kubernetes:NAMESPACE/PREFILL,DECODE or aws:CLUSTER/PREFILL,DECODE"
+
+
+def read_scaling(values: SimpleNamespace) -> "Scaling | None":
     """How many workers there may be, and who starts them; None where nobody does.
 
     Raises:
