@@ -352,7 +352,7 @@ class Supervisor:
                 self._console.phase("router", detail, seconds=now - self._began)
                 self._waiting_since = now
             case Phase.SERVING:
-                started = sorted(self._children.keys() - {fleet.router.name})
+                started = [spec.name for spec in fleet.workers if spec.name in self._children]
                 names = " ".join(started)
                 if len(names) > _NAMES_WIDTH:
                     names = f"all {len(started)}"

@@ -15,6 +15,7 @@ KvrelayError
 │   └── ClientGone                  499 client_disconnected (logged only)
 ├── ServiceError                    a retry elsewhere or later may work
 │   ├── NoCapacity                  503 no_capacity
+│   │   └── WaitOver                503 wait_over (no retry: the caller named the wait)
 │   ├── Draining                    503 server_draining
 │   ├── WorkerLost                  503 worker_lost
 │   ├── DeadlineExceeded            504 deadline_exceeded
@@ -167,6 +168,7 @@ class NoCapacity(ServiceError):
 class WaitOver(NoCapacity):
     """The caller named how long to wait for a worker, and that is over: asking again is up to them."""
 
+    code = "wait_over"
     should_retry = False
 
 

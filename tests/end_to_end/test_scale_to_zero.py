@@ -114,7 +114,7 @@ def test_who_does_not_want_to_wait_is_told_when_to_come_back(server):
     with Client(base_url=server.url) as client:
         with pytest.raises(ServiceUnavailableError, match="the model sleeps") as caught:
             client.chat(QUESTION, wait=0, **OPTIONS)
-        assert caught.value.code == "no_capacity"
+        assert caught.value.code == "wait_over"
         assert caught.value.retry_after >= 1
         # It was a call to wake up all the same.
         server.wait(lambda: any(w["role"] == "decode" for w in server.workers()))

@@ -197,8 +197,11 @@ async def test_decode_is_told_before_prefill():
 async def test_more_is_asked_for_where_workers_are_up_and_full():
     async with running(running=(0, 1), joined=("decode-0",)) as bench:
         bench.demand = FleetDemand(waiting=130, waiting_blocks=1)
-        await bench.decide()
-        assert bench.heard.told == [("decode", 3)]
+        for bench.now in range(1, 1000):  # a moment's peak is no trend
+            await bench.decide()
+            if len(bench.heard.told) == 2:
+                break
+        assert bench.heard.told == [("decode", 2), ("decode", 3)]
         assert bench.heard.requested == []  # the pool was not at zero
 
 
