@@ -26,15 +26,16 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo "$$p"; break; }; done)
 endif
 
-.PHONY: help demo test lint gpu demo-model proto clean distclean
+.PHONY: help demo test infra-test lint gpu demo-model proto clean distclean
 
 help:
 	@echo 'make demo        start router, prefill and decode worker here and ask the demo model'
 	@echo 'make test        ruff, mypy, import rules, pytest'
 	@echo 'make lint        the same without pytest'
+	@echo 'make infra-test  what is deployed, validated: chart, images, compose, alerts, workflows'
 	@echo 'make gpu         tests and benchmark on an NVIDIA GPU, results in docs/results'
 	@echo 'make demo-model  train the embedded demo model again (CPU, under 45 minutes on 2 cores)'
-	@echo 'make proto       generate the protocol stubs from fleet.proto'
+	@echo 'make proto       generate the protocol stubs from the .proto files'
 	@echo 'make clean       remove caches and build products; distclean removes .venv too'
 
 demo: $(VENV)/.installed-all
@@ -46,6 +47,9 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	@scripts/check.sh lint
 
+infra-test: $(VENV)/.installed-dev
+	@scripts/infra_test.sh
+
 gpu:
 	@PYTHON='$(PYTHON)' scripts/gpu.sh
 
@@ -54,7 +58,8 @@ demo-model: $(VENV)/.installed-dev
 
 proto: $(VENV)/.installed-dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=protocol --pyi_out=protocol \
-		--grpc_python_out=protocol protocol/kvrelay_protocol/fleet.proto
+		--grpc_python_out=protocol protocol/kvrelay_protocol/fleet.proto \
+		protocol/kvrelay_protocol/externalscaler.proto
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -3,7 +3,7 @@
 #   check.sh all     lint sections and pytest
 #   check.sh lint    without pytest
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 bin=.venv/bin
 summary=""
 failed=0

@@ -14,7 +14,7 @@
 #   GPU_TESTS        what to test; default tests/kernels tests/engine
 #   GPU_OUT          where the results go as well: a folder
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 tree=$(pwd)
 
 if ! nvidia-smi -L >/dev/null 2>&1; then

@@ -172,10 +172,10 @@ def cache_dir() -> Path:
     return Path(base) / "kvrelay" / "bench"
 
 
-def software_versions() -> dict[str, str]:
+def software_versions(*further: str) -> dict[str, str]:
     """Versions of Python and of the packages that matter to speed, those that are installed."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *further):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

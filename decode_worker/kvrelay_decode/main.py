@@ -7,6 +7,7 @@ from kvrelay_decode.worker import DecodeWorker
 from kvrelay_engine.runtime.config import WorkerConfig
 from kvrelay_engine.runtime.host import Advertisement, WorkerHost
 from kvrelay_engine.runtime.process import run_process
+from kvrelay_engine.runtime.start_report import StartReport
 from kvrelay_engine.runtime.startup import Engine, Phases, start_engine
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.telemetry import Telemetry
@@ -16,11 +17,11 @@ from kvrelay_transfer.setup import make_kit
 def run(config: WorkerConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     phases = Phases.of_process()
-
-    return run_process(
-        lambda: start_engine(config, phases),
-        lambda engine, shutdown: serve(config, engine, phases, shutdown),
-    )
+    with StartReport(config, pb.ROLE_DECODE, begun=phases.begun) as phases.listener:
+        return run_process(
+            lambda: start_engine(config, phases),
+            lambda engine, shutdown: serve(config, engine, phases, shutdown),
+        )
 
 
 async def serve(
@@ -44,6 +45,7 @@ async def serve(
         )
     phases.line(f"{'KV travels over':<18} {kit.transport.chosen}")
     telemetry = Telemetry("kvrelay-decode", instance=config.name)
+    phases.trace(telemetry)
     scheduler = DecodeScheduler(
         engine.allocator,
         fingerprint=engine.fingerprint,

@@ -36,6 +36,9 @@ from kvrelay_transfer.lease import LeaseId
 from kvrelay_transfer.setup import message_from_layout
 from kvrelay_transfer.ticket import new_ticket
 
+_RATE_WEIGHT = 0.2
+"""Of the last step in the average of prompt tokens per second."""
+
 log = logging.getLogger(__name__)
 
 
@@ -80,6 +83,8 @@ class DecodeWorker:
     _expired_leases: int = 0
     _let_go: int = 0
     _bandwidth: float = 0.0
+    _tokens_per_second: float = 0.0
+    """Of steps that are mostly prompt: what this worker does where there is no prefill worker. Engine thread."""
 
     @property
     def open_sequences(self) -> int:
@@ -127,7 +132,14 @@ class DecodeWorker:
 
     def step(self, batch: Batch) -> StepResult:
         """One engine step. Engine thread."""
-        return self.host.engine.runner.step(batch)
+        begun = time.monotonic()
+        result = self.host.engine.runner.step(batch)
+        prompt_tokens = sum(len(part.tokens) for part in batch.slices if len(part.tokens) > 1)
+        if 2 * prompt_tokens > batch.num_tokens:
+            rate = batch.num_tokens / max(time.monotonic() - begun, 1e-6)
+            before = self._tokens_per_second or rate
+            self._tokens_per_second = before + _RATE_WEIGHT * (rate - before)
+        return result
 
     def events(self, events: Sequence[object]) -> None:
         runs: defaultdict[int, list[pb.TokenRun]] = defaultdict(list)  # by session
@@ -161,6 +173,7 @@ class DecodeWorker:
         load.let_go = self._let_go
         load.open_transfers = sum(s.transfer is not None for s in self._sequences.values())
         load.transport_bandwidth = self._bandwidth
+        load.prefill_tokens_per_second = self._tokens_per_second
 
     def _submit(self, message: pb.SubmitDecode, session: int) -> None:
         spec = spec_from_message(message.sequence, session)

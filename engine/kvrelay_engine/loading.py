@@ -10,6 +10,7 @@ from kvrelay_engine.models.dtypes import resolve_dtype
 from kvrelay_engine.models.weights import Progress, load_model_config, load_weights
 from kvrelay_engine.runner import ModelRunner
 from kvrelay_kernels.cpu.library import cpu_library
+from kvrelay_protocol.weights.source import WeightSource
 
 
 def load_engine(
@@ -22,6 +23,7 @@ def load_engine(
     max_step_tokens: int = 0,
     quantization: str | None = None,
     progress: Progress | None = None,
+    source: WeightSource | None = None,
 ) -> ModelRunner:
     """Load a checkpoint and allocate its pool.
 
@@ -34,6 +36,7 @@ def load_engine(
         max_step_tokens: tokens of the largest step, for which activations are allocated at once.
         quantization: None, or `int8` for projections of 8-bit weights with a scale for each output.
         progress: told about the checkpoint's bytes while they load.
+        source: where the weights come from; None: the folder.
 
     Raises:
         InvalidModel: the folder does not hold a complete checkpoint.
@@ -52,6 +55,7 @@ def load_engine(
         dtype=chosen,
         quantization=quantization,
         progress=progress,
+        source=source,
     )
     pool = KVPool(config, num_blocks=num_blocks, block_size=block_size, device=target, dtype=chosen)
     return ModelRunner(config, Decoder(config, weights), pool, max_step_tokens=max_step_tokens)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from kvrelay_infra.console import Console
 from kvrelay_infra.forking import ForkServer, ForkState
 from kvrelay_infra.host import accepts_connections
 from kvrelay_infra.process import ChildProcess, ChildSpec
+from kvrelay_infra.scale_socket import ScaleServer
 from kvrelay_infra.supervisor_machine import (
     Action,
     Announce,
@@ -34,6 +36,7 @@ from kvrelay_infra.supervisor_machine import (
     Kill,
     Phase,
     RouterListening,
+    ScaleTo,
     Spawn,
     StartGrace,
     StopRequested,
@@ -65,9 +68,20 @@ class LocalFleet:
     join_port: int
     tls: bool = False
     drain_grace_s: float = 30.0
+    scale_socket: Path | None = None
+    """Where the router says how many workers it wants; None: all of them, always."""
+    running: Mapping[str, int] = field(default_factory=dict)
+    """With `scale_socket`: how many workers of each pool run from the start; none of a pool not named."""
     preload: str = ""
     """`module:function` that imports what the preloaded children need; empty: every child does so itself."""
     preload_environment: Mapping[str, str] = field(default_factory=dict)
+
+    def first(self, counts: Mapping[str, int]) -> frozenset[str]:
+        """The first so many workers of each pool, by name; a worker's name is its pool's and a number."""
+        pools: dict[str, list[str]] = {}
+        for spec in self.workers:
+            pools.setdefault(spec.name.rpartition("-")[0], []).append(spec.name)
+        return frozenset(n for pool, names in pools.items() for n in names[: counts.get(pool, 0)])
 
     @property
     def base_url(self) -> str:
@@ -80,7 +94,7 @@ class HealthPage:
     """The router's `/health?verbose=1`, as far as the supervisor needs it."""
 
     ready: bool
-    workers: frozenset[str]
+    workers: frozenset[str] | None
     raw: dict[str, Any]
 
 
@@ -108,15 +122,16 @@ def fetch_health(fleet: LocalFleet, *, timeout_s: float = 2.0) -> HealthPage | N
     return HealthPage(response.status == http.client.OK, *_parse_health(body))
 
 
-def _parse_health(body: bytes) -> tuple[frozenset[str], dict[str, Any]]:
+def _parse_health(body: bytes) -> tuple[frozenset[str] | None, dict[str, Any]]:
     try:
         page = json.loads(body)
     except ValueError:
-        return frozenset(), {}
+        return None, {}
     if not isinstance(page, dict):
-        return frozenset(), {}
-    workers = page.get("workers")
-    entries = workers if isinstance(workers, list) else []
+        return None, {}
+    entries = page.get("workers")
+    if not isinstance(entries, list):
+        return None, page
     names = {entry if isinstance(entry, str) else entry.get("name") for entry in entries if entry}
     return frozenset(name for name in names if isinstance(name, str)), page
 
@@ -141,7 +156,11 @@ class Supervisor:
         self._on_ready = on_ready
         self._specs = {spec.name: spec for spec in (fleet.router, *fleet.workers)}
         console.name_width = max(map(len, self._specs))
-        self._machine = SupervisorMachine(fleet.router.name, [spec.name for spec in fleet.workers])
+        self._replicas = dict(fleet.running)
+        wanted = None if fleet.scale_socket is None else fleet.first(self._replicas)
+        self._machine = SupervisorMachine(
+            fleet.router.name, [spec.name for spec in fleet.workers], wanted
+        )
         # SimpleQueue: `put` may run in a signal handler while the same thread is inside `get`.
         self._events: queue.SimpleQueue[Event | _CanFork] = queue.SimpleQueue()
         self._children: dict[str, ChildProcess] = {}
@@ -167,6 +186,8 @@ class Supervisor:
         self._interactive = handle_signals
         previous = self._install_signals() if handle_signals else {}
         watcher = threading.Thread(target=self._watch, name="health", daemon=True)
+        socket = self._fleet.scale_socket
+        scaling = None if socket is None else ScaleServer(socket, self._scale)
         try:
             self._preload()
             self._carry_out(self._machine.handle(Begin()))
@@ -180,6 +201,8 @@ class Supervisor:
                     finish = self._carry_out(self._machine.handle(event))
         finally:
             self._done.set()
+            if scaling is not None:
+                scaling.close()
             if self._fork_server is not None:
                 self._fork_server.close()
             # Only after a defect of ours are there any left.
@@ -196,8 +219,14 @@ class Supervisor:
         self._events.put(StopRequested())
 
     def pids(self) -> dict[str, int]:
-        """Process ids of the children started last."""
-        return {name: child.pid for name, child in self._children.items()}
+        """Process ids of the children that run."""
+        children = self._children.items()
+        return {name: child.pid for name, child in children if child.status is None}
+
+    def _scale(self, pool: str, replicas: int) -> None:
+        # On the socket's thread, the only one that reads or writes `_replicas` from here on.
+        self._replicas[pool] = replicas
+        self._events.put(ScaleTo(self._fleet.first(self._replicas)))
 
     def last_lines(self, count: int) -> list[str]:
         """What each child printed last, with its name."""
@@ -287,7 +316,8 @@ class Supervisor:
 
     def _spawn(self, name: str) -> None:
         if name in self._children:
-            self._console.line(f"  {name} starts again")
+            again = " again" if self._fleet.scale_socket is None else ""
+            self._console.line(f"  {name} starts{again}")
         server = self._fork_server
         if server is not None and server.state is ForkState.LOADING and self._specs[name].preloaded:
             self._unborn.append(name)
@@ -307,8 +337,10 @@ class Supervisor:
             self._spawn(name)
 
     def _on_exit(self, name: str, status: int) -> None:
+        asked = status == 0 and self._fleet.scale_socket is not None
         if self._machine.phase in {Phase.WORKERS, Phase.SERVING}:
-            self._console.line(f"  {name} ended: {describe_status(status)}")
+            what = "ended: not needed" if asked else f"ended: {describe_status(status)}"
+            self._console.line(f"  {name} {what}")
         self._events.put(Exited(name, status, time.monotonic()))
 
     def _announce(self, phase: Phase) -> None:
@@ -320,10 +352,12 @@ class Supervisor:
                 self._console.phase("router", detail, seconds=now - self._began)
                 self._waiting_since = now
             case Phase.SERVING:
-                names = " ".join(spec.name for spec in fleet.workers)
+                started = [spec.name for spec in fleet.workers if spec.name in self._children]
+                names = " ".join(started)
                 if len(names) > _NAMES_WIDTH:
-                    names = f"all {len(fleet.workers)}"
-                self._console.phase("workers", f"{names} ready", seconds=now - self._began)
+                    names = f"all {len(started)}"
+                ready = f"{names} ready" if started else "none runs until a request comes"
+                self._console.phase("workers", ready, seconds=now - self._began)
                 self._on_ready()
             case Phase.DRAINING if self._interactive:
                 self._console.line(

@@ -12,11 +12,14 @@
    DONE   when no child is left
 ```
 
+Workers come and go while the stack serves, as `ScaleTo` says; which of them run from the start is said
+at construction.
+
 DRAINING stops the router first: it refuses new requests and waits for the open ones, which still need
 their workers. A child that dies while SERVING is started again, at once and then with growing pauses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -55,8 +58,8 @@ class Health:
     """What the router's health page said."""
 
     ready: bool
-    connected: frozenset[str]
-    """Names of the workers that said hello; empty where the page names none."""
+    connected: frozenset[str] | None
+    """Names of the workers that said hello; None where the page does not say."""
     at: float
 
 
@@ -86,7 +89,14 @@ class GraceOver:
     """Draining took as long as it may."""
 
 
-Event = Begin | RouterListening | Health | Exited | WakeDue | StopRequested | GraceOver
+@dataclass(frozen=True, slots=True)
+class ScaleTo:
+    """These workers are wanted from now on, and no others."""
+
+    workers: frozenset[str]
+
+
+Event = Begin | RouterListening | Health | Exited | WakeDue | ScaleTo | StopRequested | GraceOver
 
 
 # --- actions ----------------------------------------------------------------------------------
@@ -153,7 +163,10 @@ Action = Spawn | Wake | Terminate | Kill | StartGrace | Announce | Finish
 @dataclass(slots=True)
 class _Child:
     name: str
+    wanted: bool = True
     alive: bool = False
+    stopping: bool = False
+    """It was told to end, since nobody wanted it."""
     ready_at: float | None = None
     """When the running incarnation was first seen ready."""
     was_ready: bool = False
@@ -165,10 +178,13 @@ class _Child:
 class SupervisorMachine:
     """One router and its workers. `handle` turns an event into the actions it calls for."""
 
-    def __init__(self, router: str, workers: Sequence[str]) -> None:
+    def __init__(
+        self, router: str, workers: Sequence[str], wanted: Collection[str] | None = None
+    ) -> None:
+        """Args: `wanted` are the workers that run from the start; None: all."""
         self.phase = Phase.ROUTER
         self._router = _Child(router)
-        self._workers = [_Child(name) for name in workers]
+        self._workers = [_Child(name, wanted is None or name in wanted) for name in workers]
         self._children = {child.name: child for child in (self._router, *self._workers)}
         self._failed: str | None = None
 
@@ -176,7 +192,8 @@ class SupervisorMachine:
         match event:
             case Begin():
                 # All at once: workers load their weights while the router starts, then dial it.
-                return [a for child in self._children.values() for a in self._spawn(child)]
+                wanted = [child for child in self._children.values() if child.wanted]
+                return [action for child in wanted for action in self._spawn(child)]
             case RouterListening():
                 return self._router_listening()
             case Health():
@@ -185,8 +202,10 @@ class SupervisorMachine:
                 return self._exited(event)
             case WakeDue(name):
                 child = self._children[name]
-                wanted = self.phase in {Phase.WORKERS, Phase.SERVING} and not child.alive
-                return self._spawn(child) if wanted else []
+                running = self.phase in {Phase.WORKERS, Phase.SERVING}
+                return self._spawn(child) if running and child.wanted and not child.alive else []
+            case ScaleTo(names):
+                return self._scale_to(names)
             case StopRequested():
                 return self._stop()
             case GraceOver():
@@ -197,10 +216,11 @@ class SupervisorMachine:
 
     def missing(self) -> list[str]:
         """Workers the stack still waits for."""
-        return [child.name for child in self._workers if child.ready_at is None]
+        return [child.name for child in self._workers if child.wanted and child.ready_at is None]
 
     def _spawn(self, child: _Child) -> list[Action]:
         child.alive = True
+        child.stopping = False
         child.ready_at = None
         return [Spawn(child.name)]
 
@@ -216,7 +236,7 @@ class SupervisorMachine:
             return []
         self._mark_ready(self._router, event.at)
         for worker in self._workers:
-            if worker.name in event.connected or (event.ready and not event.connected):
+            if worker.name in event.connected if event.connected is not None else event.ready:
                 self._mark_ready(worker, event.at)
         if self.phase is Phase.WORKERS and event.ready and not self.missing():
             self.phase = Phase.SERVING
@@ -228,10 +248,28 @@ class SupervisorMachine:
             child.ready_at = at
             child.was_ready = True
 
+    def _scale_to(self, names: Collection[str]) -> list[Action]:
+        if self.phase not in {Phase.ROUTER, Phase.WORKERS, Phase.SERVING}:
+            return []
+        actions: list[Action] = []
+        for worker in self._workers:
+            newly = worker.name in names and not worker.wanted
+            worker.wanted = worker.name in names
+            if newly and not worker.alive:
+                worker.failures = 0
+                actions += self._spawn(worker)
+            elif not worker.wanted and worker.alive and not worker.stopping:
+                worker.stopping = True
+                actions.append(Terminate(worker.name))
+        return actions
+
     def _exited(self, event: Exited) -> list[Action]:
         child = self._children[event.name]
         child.alive = False
         ready_at, child.ready_at = child.ready_at, None
+        running = self.phase in {Phase.ROUTER, Phase.WORKERS, Phase.SERVING}
+        if running and child.stopping:  # wanted again meanwhile, perhaps
+            return self._spawn(child) if child.wanted else []
         match self.phase:
             case Phase.ROUTER | Phase.WORKERS if not child.was_ready:
                 self._failed = child.name

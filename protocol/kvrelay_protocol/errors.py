@@ -15,6 +15,7 @@ KvrelayError
 │   └── ClientGone                  499 client_disconnected (logged only)
 ├── ServiceError                    a retry elsewhere or later may work
 │   ├── NoCapacity                  503 no_capacity
+│   │   └── WaitOver                503 wait_over (no retry: the caller named the wait)
 │   ├── Draining                    503 server_draining
 │   ├── WorkerLost                  503 worker_lost
 │   ├── DeadlineExceeded            504 deadline_exceeded
@@ -25,6 +26,12 @@ KvrelayError
 │   ├── PeerLost, TransferCancelled, CorruptFrame, StaleFrame
 │   ├── LayoutMismatch              two workers that can't exchange blocks
 │   └── TransportMisconfigured      the environment forbids every usable transport
+├── ProviderError                   the platform that runs workers; exit codes below
+│   ├── ProviderUnreachable         12
+│   ├── ProviderDenied              13
+│   ├── ProviderQuota               14
+│   ├── ProviderMissing             15
+│   └── SecondWriter                16
 └── StartupError                    a process can't start; exit codes below
     ├── UsageError                  2
     ├── InvalidModel, UnsupportedModel   3, 4
@@ -51,6 +58,8 @@ class KvrelayError(Exception):
     http_status: ClassVar[int] = 500
     wire_type: ClassVar[str] = "server_error"
     exit_code: ClassVar[int] = 1
+    should_retry: ClassVar[bool | None] = None
+    """Says it against what clients conclude from the status."""
 
     def __init__(
         self,
@@ -156,6 +165,13 @@ class NoCapacity(ServiceError):
     code = "no_capacity"
 
 
+class WaitOver(NoCapacity):
+    """The caller named how long to wait for a worker, and that is over: asking again is up to them."""
+
+    code = "wait_over"
+    should_retry = False
+
+
 class Draining(ServiceError):
     """The server is shutting down and takes no new work."""
 
@@ -239,6 +255,48 @@ class TransportMisconfigured(TransferError):
 
     code = "transport_misconfigured"
     exit_code = 9
+
+
+class ProviderError(KvrelayError):
+    """The platform that runs workers did not do what was asked."""
+
+    code = "provider_error"
+    http_status = 503
+
+
+class ProviderUnreachable(ProviderError):
+    """It did not answer; what was asked may or may not be noted."""
+
+    code = "provider_unreachable"
+    exit_code = 12
+
+
+class ProviderDenied(ProviderError):
+    """The credentials are missing, expired or not allowed to do this."""
+
+    code = "provider_denied"
+    exit_code = 13
+
+
+class ProviderQuota(ProviderError):
+    """The account or the cluster is not allowed that many."""
+
+    code = "provider_quota"
+    exit_code = 14
+
+
+class ProviderMissing(ProviderError):
+    """What should be scaled or read does not exist there."""
+
+    code = "provider_missing"
+    exit_code = 15
+
+
+class SecondWriter(ProviderError):
+    """Something else sets the number of this pool's workers."""
+
+    code = "second_writer"
+    exit_code = 16
 
 
 class StartupError(KvrelayError):

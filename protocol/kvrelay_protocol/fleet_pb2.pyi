@@ -34,7 +34,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "heartbeat", "step_output", "sequence_started", "sequence_failed", "lease_granted", "kv_sent", "kv_received", "kv_missing", "drained", "batch", "number")
+    __slots__ = ("hello", "heartbeat", "step_output", "sequence_started", "sequence_failed", "lease_granted", "kv_sent", "kv_received", "kv_missing", "drained", "batch", "starting", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     STEP_OUTPUT_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class WorkerMessage(_message.Message):
     KV_MISSING_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    STARTING_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
@@ -58,14 +59,37 @@ class WorkerMessage(_message.Message):
     kv_missing: KvMissing
     drained: Drained
     batch: WorkerBatch
+    starting: Starting
     number: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., sequence_started: _Optional[_Union[SequenceStarted, _Mapping]] = ..., sequence_failed: _Optional[_Union[SequenceFailed, _Mapping]] = ..., lease_granted: _Optional[_Union[LeaseGranted, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., kv_received: _Optional[_Union[KvReceived, _Mapping]] = ..., kv_missing: _Optional[_Union[KvMissing, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., batch: _Optional[_Union[WorkerBatch, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., sequence_started: _Optional[_Union[SequenceStarted, _Mapping]] = ..., sequence_failed: _Optional[_Union[SequenceFailed, _Mapping]] = ..., lease_granted: _Optional[_Union[LeaseGranted, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., kv_received: _Optional[_Union[KvReceived, _Mapping]] = ..., kv_missing: _Optional[_Union[KvMissing, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., batch: _Optional[_Union[WorkerBatch, _Mapping]] = ..., starting: _Optional[_Union[Starting, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class WorkerBatch(_message.Message):
     __slots__ = ("messages",)
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[WorkerMessage]
     def __init__(self, messages: _Optional[_Iterable[_Union[WorkerMessage, _Mapping]]] = ...) -> None: ...
+
+class Starting(_message.Message):
+    __slots__ = ("protocol_version", "worker_name", "role", "model", "join_token", "phase", "done", "total", "elapsed_seconds")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    worker_name: str
+    role: Role
+    model: str
+    join_token: str
+    phase: str
+    done: int
+    total: int
+    elapsed_seconds: float
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., join_token: _Optional[str] = ..., phase: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., elapsed_seconds: _Optional[float] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "software_version", "worker_name", "incarnation", "role", "model", "kv_layout", "transport", "transport_address", "max_model_len", "device", "load", "join_token")

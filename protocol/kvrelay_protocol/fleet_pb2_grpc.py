@@ -50,6 +50,9 @@ class FleetServicer:
         After these first ones a message may hold several, in the order in which they would have come,
         and each that is written has the next number: one that is missing ends the stream, so that what
         either side believes of the other can't drift apart.
+
+        A worker that starts says how far it is on a call of its own: `starting` messages alone, unnumbered and
+        unanswered, from as early as it can until it is ready to say hello on another one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -6,23 +6,78 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvrelay_protocol.errors import InvalidModel
+from kvrelay_protocol.weights.header import Header, read_header
+from kvrelay_protocol.weights.local import LocalWeights
+from kvrelay_protocol.weights.source import WeightSource
+from kvrelay_protocol.weights.stream import StreamOptions
+
+if TYPE_CHECKING:
+    from kvrelay_protocol.weights.pin import PinnedModel
 
 DEMO_MODEL_NAME = "kvrelay-demo"
 DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
 _TOKENIZER_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
                     "chat_template*", "vocab.json", "merges.txt"]  # fmt: skip
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+MODEL_FILES = (*_TOKENIZER_FILES, *_WEIGHT_FILES)
+"""Names of everything that makes a model."""
+_S3 = "s3://"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on this machine's disk."""
+    """A model whose files are on this machine's disk, or all but the weights' data."""
 
     name: str
     directory: Path
+    remote: "PinnedModel | None" = None
+    """Where the data is, if not in the directory."""
+
+    @property
+    def reference(self) -> str:
+        """What another process is told to find the same model."""
+        return str(self.directory) if self.remote is None else str(self.remote.location)
+
+    @property
+    def revision(self) -> str | None:
+        """What another process must be told beside it; None: the folder says it all."""
+        return None if self.remote is None else self.remote.revision
+
+    def headers(self) -> Mapping[str, Header]:
+        """Of every weight file, by name.
+
+        Raises:
+            InvalidModel: there is none, or one is damaged.
+        """
+        if self.remote is None:
+            return {path.name: read_header(path) for path in self.weight_files()}
+        headers = self.remote.headers()
+        if not headers:
+            raise InvalidModel(f"{self.reference} has no *.safetensors weights")
+        return headers
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files."""
+        if self.remote is None:
+            return sum(path.stat().st_size for path in self.weight_files())
+        objects = self.remote.objects.items()
+        return sum(item.size for name, item in objects if name.endswith(".safetensors"))
+
+    def open_weights(self, options: StreamOptions | None = None) -> WeightSource:
+        """The weights to read; what is not on this machine begins to arrive.
+
+        Raises:
+            InvalidModel: they are incomplete, or a file is damaged.
+        """
+        options = options or StreamOptions()
+        if self.remote is not None:
+            return self.remote.stream(options)
+        source = LocalWeights(self.directory, link_bytes_per_s=options.link_bytes_per_s)
+        self.read_ahead()
+        return source
 
     def read_config(self) -> Mapping[str, Any]:
         """config.json, parsed.
@@ -83,18 +138,21 @@ def resolve_model(
     revision: str | None = None,
     weights: bool = True,
 ) -> ModelFiles:
-    """Find a model: None is the demo model, an existing path is a folder, anything else a hub id.
+    """Find a model: None is the demo model, s3:// a bucket, an existing path a folder, else a hub id.
 
     Args:
-        reference: folder, hub id (`owner/name`) or None.
-        revision: branch, tag or commit of a hub id.
-        weights: False fetches only what a tokenizer needs.
+        reference: folder, hub id (`owner/name`), `s3://bucket/prefix` or None.
+        revision: branch, tag or commit of a hub id; of a model in S3, what an earlier start called it.
+        weights: False fetches only what a tokenizer needs. The data of weights in S3 is never fetched
+            here: see `ModelFiles.open_weights`.
 
     Raises:
         InvalidModel: no such folder, or the hub does not have it or can't be reached.
     """
     if reference is None or reference == DEMO_MODEL_NAME:
         return ModelFiles(DEMO_MODEL_NAME, DEMO_MODEL_DIR)
+    if reference.startswith(_S3):
+        return _pin_in_s3(reference, revision)
     path = Path(reference).expanduser()
     if path.exists() or reference.startswith(("/", ".", "~")) or reference.count("/") != 1:
         if not path.is_dir():
@@ -104,6 +162,14 @@ def resolve_model(
             )
         return ModelFiles(path.resolve().name, path.resolve())
     return ModelFiles(reference, _fetch_from_hub(reference, revision, weights=weights))
+
+
+def _pin_in_s3(reference: str, revision: str | None) -> ModelFiles:
+    # Imported here: who serves a local model needs no boto3.
+    from kvrelay_protocol.weights.pin import pin_model
+
+    pinned = pin_model(reference, revision, MODEL_FILES)
+    return ModelFiles(pinned.location.name, pinned.directory, pinned)
 
 
 def _fetch_from_hub(reference: str, revision: str | None, *, weights: bool) -> Path:

@@ -18,6 +18,8 @@ class RouterConfig:
     join_host: str = "127.0.0.1"
     join_port: int = 8001
     """Workers dial this (gRPC); 0 picks a free one."""
+    scaler_port: int | None = None
+    """KEDA asks here how many workers there shall be; None: nobody does, 0 picks a free one."""
     join_token: str = ""
     """Workers must present it; empty accepts any."""
     join_tls_cert: Path | None = None
@@ -34,6 +36,8 @@ class RouterConfig:
     """Requests that may wait for a place; one more is refused with 429."""
     queue_timeout_s: float = 30.0
     """Longest wait for a place before 503."""
+    wake_timeout_s: float = 300.0
+    """Longest wait of a request for a pool that was at zero; its own time to run begins after it."""
     request_timeout_s: float = 600.0
     """Deadline of a request that names none."""
     replay_wait_s: float = 2.0

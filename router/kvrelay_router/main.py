@@ -22,6 +22,7 @@ from kvrelay_router.fleet.servicer import join_credentials
 from kvrelay_router.http.app import create_app
 from kvrelay_router.http.server import EdgeServer, check_tls, create_server, listen
 from kvrelay_router.requests.core import RouterCore
+from kvrelay_router.scaling.loop import Scaling
 from kvrelay_router.text.served_model import ServedModel, load_served_model
 
 _YOUNG_OBJECTS = 20_000
@@ -56,22 +57,27 @@ class StopSignals:
                 loop.remove_signal_handler(number)
 
 
-def run(config: RouterConfig) -> int:
-    """Run the router until a signal ends it; returns the process's exit code."""
+def run(config: RouterConfig, scaling: Scaling | None = None) -> int:
+    """Run the router until a signal ends it; returns the process's exit code.
+
+    Args: with `scaling` it says how many workers there are.
+    """
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serve(config))
+            runner.run(serve(config, scaling=scaling))
     except KvrelayError as error:
         print(f"kvrelay router: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-async def serve(config: RouterConfig, stop: StopSignals | None = None) -> None:
+async def serve(
+    config: RouterConfig, stop: StopSignals | None = None, *, scaling: Scaling | None = None
+) -> None:
     """Run the router on this loop.
 
     Raises:
@@ -89,7 +95,7 @@ async def serve(config: RouterConfig, stop: StopSignals | None = None) -> None:
             model = load_served_model(config.model_dir, config.model_name)
         registry = CollectorRegistry()
         telemetry = Telemetry("kvrelay-router", instance=f"{socket.gethostname()}:{os.getpid()}")
-        core = RouterCore(config, telemetry, metrics_registry=registry)
+        core = RouterCore(config, telemetry, metrics_registry=registry, scaling=scaling)
         try:
             with _phase("listen for workers"):
                 await core.start()

@@ -103,6 +103,17 @@ class RouterMetrics:
         self.queue_time = histogram(
             "request_queue_time_seconds", "Admission to the first placement."
         )
+        self.queue_to_wake = histogram(
+            "queue_to_wake_seconds",
+            "First request that found its pool at zero, to the call that starts a worker.",
+        )
+        self.workers_wanted = gauge("workers_wanted", "Workers that were asked for.", ("pool",))
+        self.scalings = counter(
+            "scalings", "New numbers of workers, by the reason.", ("pool", "reason")
+        )
+        self.scaling_failures = counter(
+            "scaling_failures", "Times the provider did not take a number.", ("pool",)
+        )
         self.prefill_time = histogram("request_prefill_time_seconds", "Computing the prompt.")
         self.decode_time = histogram("request_decode_time_seconds", "First to last output token.")
         self.kv_bytes = counter(
@@ -170,6 +181,11 @@ class RouterMetrics:
         # The library's look-up by label costs more than the count; every request needs two of them.
         self._ends = {reason: self.success.labels(reason.value) for reason in FinishReason}
         self._paths: dict[tuple[PathKind, str], Counter] = {}
+
+    def wanted(self, pool: str, replicas: int, reason: str) -> None:
+        """The provider took a new number of workers."""
+        self.workers_wanted.labels(pool).set(replicas)
+        self.scalings.labels(pool, reason).inc()
 
     def placed(self, path: Path, *, replay_cause: str | None) -> None:
         key = (path.kind, path.reason)

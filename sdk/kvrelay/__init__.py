@@ -26,6 +26,7 @@ __all__ = [
     "BadRequestError",
     "ChatOptions",
     "Client",
+    "ColdStart",
     "CompletionOutput",
     "ConflictError",
     "ContextOverflowError",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
         StreamInterrupted,
     )
     from kvrelay._events import (
+        ColdStart,
         Event,
         Finished,
         Queued,
@@ -121,6 +123,7 @@ else:
         "_async_client": ("AsyncClient", "AsyncStream", "AsyncStreamManager"),
         "_client": ("Client", "Stream", "StreamManager"),
         "_events": (
+            "ColdStart",
             "Event",
             "Finished",
             "Queued",

@@ -14,6 +14,22 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
+class ColdStart:
+    """No worker was up: one starts, and the request waits for it."""
+
+    pool: str
+    """`prefill` or `decode`."""
+    phase: str
+    """`requested`, then what the worker does: `import`, `check_device`, `load_weights`, `warm_up`,
+    `start_transport`."""
+    done: int = 0
+    """Bytes of the phase, where it counts them."""
+    total: int = 0
+    eta_s: float | None = None
+    """Seconds left, were it to take as long as the last start; None before the first."""
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """Workers were chosen and the prompt is being read."""
 
@@ -76,5 +92,7 @@ class UnknownEvent:
         return json.loads(self.raw)
 
 
-Event: TypeAlias = Queued | Started | TextDelta | Resumed | Usage | Finished | UnknownEvent
+Event: TypeAlias = (
+    Queued | ColdStart | Started | TextDelta | Resumed | Usage | Finished | UnknownEvent
+)
 """Everything a stream can yield. It grows with the product: keep a default case."""

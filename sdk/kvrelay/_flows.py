@@ -275,7 +275,12 @@ class Flows:
         request = Request(
             "POST",
             f"{self.config.base_url}/v1/chat/completions",
-            wire.headers(self.config.api_key, idempotency_key=key, stream=stream),
+            wire.headers(
+                self.config.api_key,
+                idempotency_key=key,
+                wait_s=options.get("wait"),
+                stream=stream,
+            ),
             wire.chat_body(messages, model, options, stream=stream),
             stream=stream,
         )

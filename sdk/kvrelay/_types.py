@@ -40,6 +40,9 @@ class ChatOptions(TypedDict, total=False):
     """Further fields of the request body; these win over the options above."""
     idempotency_key: str | None
     """Names this request across retries; a fresh one is drawn by default."""
+    wait: float | None
+    """Longest wait for a worker in seconds; 0 fails at once with `ServiceUnavailableError`, whose
+    `retry_after` says when a worker may be up. By default the server's own limits hold."""
     timeout: "Timeout | None"
     """Replaces the client's limits for this request."""
 

@@ -24,6 +24,7 @@ from kvrelay._errors import (
     ServiceUnavailableError,
 )
 from kvrelay._events import (
+    ColdStart,
     Event,
     Finished,
     Queued,
@@ -40,7 +41,7 @@ from kvrelay._types import ChatOptions, Health, Message, Model, Tokens
 
 Json: TypeAlias = Mapping[str, Any]
 
-_LOCAL_OPTIONS = frozenset({"extra", "idempotency_key", "timeout", "model"})
+_LOCAL_OPTIONS = frozenset({"extra", "idempotency_key", "timeout", "model", "wait"})
 
 
 # --- out -------------------------------------------------------------------------------------
@@ -73,7 +74,11 @@ def encode(body: Json) -> bytes:
 
 
 def headers(
-    api_key: str | None, *, idempotency_key: str | None = None, stream: bool = False
+    api_key: str | None,
+    *,
+    idempotency_key: str | None = None,
+    wait_s: float | None = None,
+    stream: bool = False,
 ) -> dict[str, str]:
     """Headers of one request."""
     found = {
@@ -88,6 +93,8 @@ def headers(
         found["authorization"] = f"Bearer {api_key}"
     if idempotency_key is not None:
         found["idempotency-key"] = idempotency_key
+    if wait_s is not None:
+        found["x-kvrelay-wait"] = f"{wait_s:g}"
     parent = traceparent()
     if parent is not None:
         found["traceparent"] = parent
@@ -160,6 +167,16 @@ def _named(frame: ServerSentEvent, data: Json | None) -> list[Part]:
                 return []
             case "queued":
                 return [Queued(_int(data, "position"), _float_or_none(data, "eta_s"))]
+            case "cold_start":
+                return [
+                    ColdStart(
+                        pool=_str(data, "pool"),
+                        phase=_str(data, "phase"),
+                        done=_int(data, "done", 0),
+                        total=_int(data, "total", 0),
+                        eta_s=_float_or_none(data, "eta_s"),
+                    )
+                ]
             case "started":
                 return [
                     Started(

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from kvrelay._events import (
+    ColdStart,
     Event,
     Finished,
     Queued,
@@ -449,6 +450,8 @@ def _head(status_code: int, headers: Mapping[str, str]) -> bytes:
 
 def _encode(event: Event) -> bytes:
     match event:
+        case ColdStart():
+            return _frame("cold_start", _json(asdict(event)))
         case Queued() | Started() | Resumed():
             return _frame(type(event).__name__.lower(), _json(asdict(event)))
         case TextDelta(text=text):

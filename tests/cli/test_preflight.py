@@ -8,8 +8,8 @@ import pytest
 
 from kvrelay.cli import settings, stack
 from kvrelay.cli.main import main
-from kvrelay.cli.preflight import count_parameters
 from kvrelay_infra.host import Memory, free_port
+from kvrelay_protocol.weights.header import read_header
 
 from .conftest import CONFIG, KV_BYTES_PER_TOKEN, write_safetensors
 
@@ -231,4 +231,4 @@ def test_bad_flags_stop_before_anything_is_read(capsys):
 
 def test_parameters_are_counted_from_headers(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"x": [3, 5], "scalar": []})
-    assert count_parameters(tmp_path / "a.safetensors") == 16
+    assert sum(t.elements for t in read_header(tmp_path / "a.safetensors").values()) == 16

@@ -69,12 +69,21 @@ def test_values_survive_the_way_to_a_child():
     given = {"port": "7002", "lease": "2m", "log_requests": "true", "kv_memory": "3MiB"}
     values = resolve(STACK_FLAGS, given | {"api_key": ["a", "b"], "model": "m"}, environ={})
     values.supervised = True
+    values.provider = "local:/tmp/scale"
+    values.scale_decode = flags.Bounds(0, 3)
     arguments = flags.to_arguments(ROUTER_FLAGS, values)
     assert "--log-requests" in arguments
     assert not any("api-key" in argument or "join-token" in argument for argument in arguments)
     environment = flags.to_environment(ROUTER_FLAGS, values)
     hidden = dict.fromkeys(
-        ("KVRELAY_JOIN_TLS_CERT", "KVRELAY_JOIN_TLS_KEY", "KVRELAY_JOIN_TLS_CA"), ""
+        (
+            "KVRELAY_JOIN_TLS_CERT",
+            "KVRELAY_JOIN_TLS_KEY",
+            "KVRELAY_JOIN_TLS_CA",
+            "KVRELAY_SCALER_PORT",  # these two `values` does not name
+            "KVRELAY_SCALE_PREFILL",
+        ),
+        "",
     )
     assert environment == {"KVRELAY_API_KEY": "a,b", "KVRELAY_JOIN_TOKEN": ""} | hidden
 
@@ -178,3 +187,61 @@ def test_a_worker_may_join_several_routers(joined):
 def test_every_router_of_a_list_is_checked(joined, problem):
     with pytest.raises(UsageError, match=problem):
         resolve(WORKER_FLAGS, {"join": joined}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0:3", (0, 3)), ("2", (2, 2)), ("0:0", (0, 0)), ("1:1", (1, 1))]
+)
+def test_bounds_are_two_numbers_or_one_for_both(text, expected):
+    assert flags.bounds(text) == expected
+    assert flags.bounds(str(flags.bounds(text))) == expected
+
+
+@pytest.mark.parametrize("text", ["x", "2:1", "-1:2", "1:", ":1", "1:2:3", "1.5"])
+def test_bad_bounds_are_named_with_what_they_must_be(text):
+    with pytest.raises(UsageError) as caught:
+        resolve(ROUTER_FLAGS, {"scale_decode": text}, environ={})
+    (line,) = caught.value.message.splitlines()
+    assert line == (f"--scale-decode {text} must be MIN:MAX, whole numbers with 0 <= MIN <= MAX")
+
+
+@pytest.mark.parametrize(
+    "provider",
+    ["foo", "foo:x", "local", "local:", "LOCAL:x", "ecs:c/p,d"],
+)
+def test_an_unknown_provider_is_one_line_that_says_what_there_is(provider):
+    from kvrelay.cli.scaling import read_scaling
+
+    values = resolve(ROUTER_FLAGS, {"provider": provider}, environ={})
+    with pytest.raises(UsageError) as caught:
+        read_scaling(values)
+    (line,) = caught.value.message.splitlines()
+    assert line.startswith(f"--provider {provider}: must be local:SOCKET, kubernetes:")
+
+
+def test_two_that_say_how_many_run_are_one_line():
+    from kvrelay.cli.scaling import read_scaling
+
+    given = {"provider": "local:x", "scaler_port": "0"}
+    with pytest.raises(UsageError, match=r"^--provider local:x and --scaler-port 0: one of them"):
+        read_scaling(resolve(ROUTER_FLAGS, given, environ={}))
+
+
+def test_bounds_that_serve_nothing_are_one_line():
+    from kvrelay.cli.scaling import read_scaling
+
+    given = {"provider": "local:x", "scale_decode": "0:0"}
+    with pytest.raises(UsageError) as caught:
+        read_scaling(resolve(ROUTER_FLAGS, given, environ={}))
+    (line,) = caught.value.message.splitlines()
+    assert line.startswith("--scale-prefill, --scale-decode: decode.max 0")
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_more_that_always_run_than_there_are_is_one_line(pool):
+    from kvrelay.cli.stack import on_demand
+
+    given = {"min": "2", "prefill": "2", "decode": "2", pool: "1"}
+    with pytest.raises(UsageError) as caught:
+        on_demand(resolve(STACK_FLAGS, given, environ={}))
+    assert caught.value.message == f"--min 2 is above --{pool} 1; lower it or raise that"

@@ -48,7 +48,8 @@ def test_the_base_package_needs_httpx_and_pydantic_only(wheel):
     required = metadata.get_all("Requires-Dist")
     base = {re.split(r"[<>=!~ \[;]", r)[0] for r in required if "extra ==" not in r}
     assert base == {"httpx", "pydantic"}
-    assert set(metadata.get_all("Provides-Extra")) == {"router", "worker", "all", "bench", "dev"}
+    extras = {"router", "worker", "all", "aws", "kubernetes", "bench", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
 
 
 def test_the_wheel_holds_every_package_typed_and_the_demo_model(wheel):

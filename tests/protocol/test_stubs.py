@@ -2,11 +2,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROTOCOL = Path(__file__).parents[2] / "protocol"
 
 
-def test_the_committed_stubs_are_those_of_the_proto_file(tmp_path):
-    source = "kvrelay_protocol/fleet.proto"
+@pytest.mark.parametrize("module", ["fleet", "externalscaler"])
+def test_the_committed_stubs_are_those_of_the_proto_file(module, tmp_path):
+    source = f"kvrelay_protocol/{module}.proto"
     outputs = [f"--{kind}={tmp_path}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
     subprocess.run(
         [
@@ -19,7 +22,7 @@ def test_the_committed_stubs_are_those_of_the_proto_file(tmp_path):
         ],
         check=True,
     )
-    for name in ("fleet_pb2.py", "fleet_pb2.pyi", "fleet_pb2_grpc.py"):
+    for name in (f"{module}_pb2.py", f"{module}_pb2.pyi", f"{module}_pb2_grpc.py"):
         made = (tmp_path / "kvrelay_protocol" / name).read_text().splitlines()
         committed = (PROTOCOL / "kvrelay_protocol" / name).read_text().splitlines()
         # Another generator version is not another protocol.

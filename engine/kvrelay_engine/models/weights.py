@@ -1,27 +1,25 @@
-"""Reading a checkpoint folder: configuration, then safetensors in layer order straight to the device."""
+"""From a checkpoint to a decoder's weights: configuration, then tensors in layer order to the device."""
 
 import json
-import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from kvrelay_engine.models.config import ModelConfig, eos_token_ids, parse_model_config
 from kvrelay_engine.models.decoder import DecoderWeights, LayerWeights
 from kvrelay_kernels.linear import LinearWeights, activation_dtype, pack_linear
 from kvrelay_protocol.errors import InvalidModel
+from kvrelay_protocol.weights.header import ITEM_BYTES, StoredTensor
+from kvrelay_protocol.weights.local import LocalWeights
+from kvrelay_protocol.weights.source import WeightSource
 
 Progress = Callable[[int, int], None]
 """Called as `(bytes_done, bytes_total)` of the checkpoint while it loads."""
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:
@@ -52,11 +50,13 @@ def load_weights(
     dtype: torch.dtype,
     quantization: str | None = None,
     progress: Progress | None = None,
+    source: WeightSource | None = None,
 ) -> DecoderWeights:
     """Load, fuse and pack the weights.
 
-    Every name and shape is checked against the headers before the first byte is read. The files are
-    mapped: each tensor goes from the page cache to its packed place in one pass.
+    Every name and shape is checked against the headers before the first byte is read. Each tensor goes
+    from the source's buffer (of local files, the page cache) to its packed place in one pass; of
+    weights that are still arriving, earlier layers are packed while later ones are on their way.
 
     Args:
         model_dir: a folder with safetensors.
@@ -65,15 +65,14 @@ def load_weights(
         dtype: what the weights are stored in.
         quantization: None, or `int8` for the projections.
         progress: told about the checkpoint's bytes.
+        source: where the weights come from; None: the folder's files.
 
     Raises:
-        InvalidModel: no safetensors, a missing tensor, a wrong shape, an unreadable file.
+        InvalidModel: no safetensors, a missing tensor, a wrong shape, an unreadable file, a wrong
+            checksum.
     """
-    try:
-        with _Checkpoint(model_dir, device, dtype, quantization, progress) as checkpoint:
-            return _assemble(checkpoint, config)
-    except (SafetensorError, OSError) as error:
-        raise InvalidModel(f"cannot read the weights in {model_dir}: {error}") from error
+    source = source or LocalWeights(model_dir)
+    return _assemble(_Checkpoint(source, device, dtype, quantization, progress), config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +148,13 @@ def _assemble(checkpoint: "_Checkpoint", config: ModelConfig) -> DecoderWeights:
     # A tied head is the embedding again: once is enough. The order makes errors repeatable.
     checkpoint.expect(tuple(dict.fromkeys((embedding, *within, final_norm, head))))
 
-    table_weights = checkpoint.take_embedding(embedding)
+    stored = checkpoint.read(embedding)
+    table_weights = checkpoint.place_embedding(stored)
+    tied = checkpoint.pack((stored,)) if config.tie_word_embeddings else None
+    del stored
     layers = tuple(_load_layer(checkpoint, plan) for plan in plans)
     norm = checkpoint.take(final_norm)
-    last = checkpoint.take_linear((head,), (), counted=not config.tie_word_embeddings)
+    last = checkpoint.take_linear((head,), ()) if tied is None else tied
     return DecoderWeights(embedding=table_weights, layers=layers, final_norm=norm, head=last)
 
 
@@ -171,126 +173,89 @@ def _load_layer(checkpoint: "_Checkpoint", plan: _LayerPlan) -> LayerWeights:
 
 
 class _Checkpoint:
-    """Open safetensors files of one folder; closes them on exit."""
+    """Tensors of one source, as the device wants them."""
 
     def __init__(
         self,
-        model_dir: Path,
+        source: WeightSource,
         device: torch.device,
         dtype: torch.dtype,
         quantization: str | None,
         progress: Progress | None,
     ) -> None:
-        self._model_dir = model_dir
+        self._source = source
         self._device = device
         self._dtype = dtype
         self._linear_dtype = torch.int8 if quantization == "int8" else dtype
         self._activation_dtype = activation_dtype(device, dtype)
         self._progress = progress
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        self._file_of = _tensor_files(model_dir)
         self._bytes_done = 0
         self._bytes_total = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-
     def expect(self, parts: tuple[_Part, ...]) -> None:
         """Check names and shapes of all tensors to come, and learn how many bytes they are."""
-        missing = [part.name for part in parts if part.name not in self._file_of]
+        tensors, origin = self._source.tensors, self._source.origin
+        missing = [part.name for part in parts if part.name not in tensors]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InvalidModel(f"the weights in {self._model_dir} lack {missing[0]}{more}")
+            raise InvalidModel(f"the weights in {origin} lack {missing[0]}{more}")
         for part in parts:
-            stored = self._slice(part.name)
-            shape = tuple(stored.get_shape())
-            if shape != part.shape:
+            stored = tensors[part.name]
+            if stored.shape != part.shape:
                 raise InvalidModel(
-                    f"{part.name} in {self._model_dir} has shape {list(shape)}, "
+                    f"{part.name} in {origin} has shape {list(stored.shape)}, "
                     f"config.json implies {list(part.shape)}"
                 )
-            self._bytes_total += math.prod(shape) * _stored_bytes(part.name, stored.get_dtype())
+            if stored.dtype not in ITEM_BYTES:
+                raise InvalidModel(
+                    f"{part.name} is stored as {stored.dtype}; supported: {', '.join(ITEM_BYTES)}"
+                )
+            self._bytes_total += stored.nbytes
+        self._source.need([part.name for part in parts])
 
     def take(self, *parts: _Part) -> torch.Tensor:
         """Norm or bias: stacked on the device, in the dtype of the activations."""
-        stored = [self._read(part) for part in parts]
+        stored = [self.read(part) for part in parts]
         return torch.cat([part.to(self._device, self._activation_dtype) for part in stored])
 
-    def take_embedding(self, part: _Part) -> torch.Tensor:
-        """On a CPU the mapped file itself, if it needs no rounding: only the rows of a step are read."""
-        stored = self._read(part)
+    def place_embedding(self, stored: torch.Tensor) -> torch.Tensor:
+        """On a CPU the source's own buffer, if it needs no rounding: of a mapped file, only the rows
+        of a step are read.
+        """
         if self._device.type == "cpu" and stored.dtype.itemsize <= self._dtype.itemsize:
             return stored
         return stored.to(self._device, self._dtype)
 
-    def take_linear(
-        self, parts: tuple[_Part, ...], bias: tuple[_Part, ...], *, counted: bool = True
-    ) -> LinearWeights:
+    def take_linear(self, parts: tuple[_Part, ...], bias: tuple[_Part, ...]) -> LinearWeights:
         """One projection, its parts stacked along the outputs."""
-        return pack_linear(
-            [self._read(part, counted=counted) for part in parts],
-            device=self._device,
-            dtype=self._linear_dtype,
-            bias=self.take(*bias) if bias else None,
-        )
+        stored = [self.read(part) for part in parts]
+        return self.pack(stored, self.take(*bias) if bias else None)
 
-    def _read(self, part: _Part, *, counted: bool = True) -> torch.Tensor:
-        """A view of the mapped file."""
-        stored: torch.Tensor = self._open(self._file_of[part.name]).get_tensor(part.name)
-        self._bytes_done += stored.nbytes if counted else 0
-        if self._progress is not None and counted:
+    def pack(
+        self, stored: Sequence[torch.Tensor], bias: torch.Tensor | None = None
+    ) -> LinearWeights:
+        return pack_linear(stored, device=self._device, dtype=self._linear_dtype, bias=bias)
+
+    def read(self, part: _Part) -> torch.Tensor:
+        """A view of the source's buffer, once the tensor is there."""
+        stored = as_tensor(self._source.read(part.name), self._source.tensors[part.name])
+        self._bytes_done += stored.nbytes
+        if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
         return stored
 
-    def _slice(self, name: str) -> Any:
-        try:
-            return self._open(self._file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise InvalidModel(
-                f"{self._file_of[name]} in {self._model_dir} lacks {name}: {error}"
-            ) from error
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            path = self._model_dir / file
-            if not path.is_file():
-                raise InvalidModel(f"{self._model_dir} lacks the weight file {file}")
-            handle = safe_open(path, framework="pt", device="cpu")
-            self._files[file] = self._stack.enter_context(handle)
-        return self._files[file]
+def as_tensor(content: memoryview, stored: StoredTensor) -> torch.Tensor:
+    """A tensor over a buffer that starts where the tensor does.
 
-
-def _tensor_files(model_dir: Path) -> Mapping[str, str]:
-    """File name of each tensor of the checkpoint."""
-    if (model_dir / _INDEX).is_file():
-        files = _read_json(model_dir / _INDEX).get("weight_map")
-        if not isinstance(files, dict) or not all(
-            isinstance(file, str) and Path(file).name == file for file in files.values()
-        ):
-            raise InvalidModel(f"{model_dir / _INDEX} has no usable weight_map")
-        return files
-    if not (model_dir / _SINGLE).is_file():
-        raise InvalidModel(f"{model_dir} has neither {_SINGLE} nor {_INDEX}")
-    with safe_open(model_dir / _SINGLE, framework="pt", device="cpu") as handle:
-        return dict.fromkeys(handle.keys(), _SINGLE)
-
-
-_STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-
-
-def _stored_bytes(name: str, dtype: str) -> int:
-    if dtype not in _STORED_BYTES:
-        raise InvalidModel(f"{name} is stored as {dtype}; supported: {', '.join(_STORED_BYTES)}")
-    return _STORED_BYTES[dtype]
+    Args:
+        content: writable; aligned as the tensor is in its file.
+        stored: of one of the dtypes that models are loaded from.
+    """
+    dtype = _DTYPES[stored.dtype]
+    # Files whose header is not padded are rare; vector loads need what they lack.
+    buffer = bytearray(content) if stored.start % dtype.itemsize else content
+    return torch.frombuffer(buffer, dtype=dtype).view(stored.shape)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvrelay_protocol.weights.source import WeightSource
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -11,9 +13,12 @@ class WorkerConfig:
     name: str
     """Unique among the workers of a router, e.g. `prefill-0`."""
     model_dir: Path
+    """Its small files, and the weights where `weights` is None."""
     model_name: str
     router: str
     """host:port of the router's join address; of several routers, separated by commas."""
+    weights: WeightSource | None = None
+    """Where the weights come from; what is remote has begun to arrive. None: `model_dir`."""
     join_token: str = ""
     router_ca: Path | None = None
     """The routers' certificates descend from one of these; without it the streams are plain text."""

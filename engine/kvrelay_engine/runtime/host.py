@@ -253,6 +253,7 @@ class WorkerHost:
         return load
 
     def _announce(self, link: JoinLink) -> None:
+        self.phases.ready()
         self._by_session[link.session] = link
         self._refused.discard(link.router)
         after = (

@@ -2,17 +2,19 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvrelay_engine.cache.allocator import BlockAllocator
 from kvrelay_engine.runtime.config import WorkerConfig
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import DeviceUnavailable, NotEnoughMemory
+from kvrelay_protocol.telemetry import Telemetry, context_of
 from kvrelay_protocol.versions import KV_VERSION
+from kvrelay_protocol.weights.local import LocalWeights
 
 if TYPE_CHECKING:
     from kvrelay_engine.runner import ModelRunner
@@ -21,25 +23,89 @@ PROGRESS_EVERY_S = 5.0
 """A log is no terminal: one progress line per this many seconds."""
 
 
+class PhaseListener(Protocol):
+    """Who else wants to know how far a start is. Called on the thread that starts; must not block."""
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Args: bytes `done` of `total`, where the phase counts them."""
+
+    def close(self) -> None:
+        """The worker is ready."""
+
+
+Attributes = Mapping[str, str | int | float | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """One that has ended."""
+
+    name: str
+    begun: float
+    ended: float
+    attributes: dict[str, str | int | float | bool] = field(default_factory=dict)
+
+
 class Phases:
-    """Prints what start-up is doing and how long each phase took, one line each."""
+    """Prints what start-up is doing and how long each phase took, one line each; later, their spans."""
 
     def __init__(self, *, begun: float | None = None) -> None:
-        self._begun = time.monotonic() if begun is None else begun
+        self.begun = time.monotonic() if begun is None else begun
+        """When start-up began, by the monotonic clock."""
+        self.listener: PhaseListener | None = None
+        self._past: list[_Phase] = []
 
     @classmethod
     def of_process(cls) -> "Phases":
         """Counted from the start of this process, whose imports are its first phase."""
         running = _process_age_s()
         phases = cls(begun=time.monotonic() - running)
-        phases.line(f"{'python, torch':<18} {running:6.2f} s")
+        phases._ended("python, torch", phases.begun, {})
         return phases
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[dict[str, str | int | float | bool]]:
+        """Time a block; what is put in the mapping becomes attributes of its span."""
         begun = time.monotonic()
-        yield
-        self.line(f"{name:<18} {time.monotonic() - begun:6.2f} s")
+        attributes: dict[str, str | int | float | bool] = {}
+        self.progress(name)
+        yield attributes
+        self._ended(name, begun, attributes)
+
+    def _ended(self, name: str, begun: float, attributes: Attributes) -> None:
+        phase = _Phase(name, begun, time.monotonic(), dict(attributes))
+        self._past.append(phase)
+        self.line(f"{name:<18} {phase.ended - begun:6.2f} s")
+
+    def trace(self, telemetry: Telemetry) -> None:
+        """One span for the start so far, one below it for each phase."""
+        if not self._past:
+            return
+
+        def wall_ns(moment: float) -> int:
+            return time.time_ns() - int((time.monotonic() - moment) * 1e9)
+
+        root = telemetry.start_span("start", parent=None, start_ns=wall_ns(self.begun))
+        for phase in self._past:
+            span = telemetry.start_span(
+                phase.name,
+                parent=context_of(root),
+                start_ns=wall_ns(phase.begun),
+                attributes=phase.attributes,
+            )
+            span.end(wall_ns(phase.ended))
+        root.end()
+
+    def progress(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Tell the listener; nothing is printed."""
+        if self.listener is not None:
+            self.listener.phase(name.replace(" ", "_"), done, total)
+
+    def ready(self) -> None:
+        """Start-up is over. Idempotent."""
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
 
     def line(self, text: str) -> None:
         print(text, flush=True)
@@ -47,7 +113,7 @@ class Phases:
     @property
     def elapsed(self) -> float:
         """Seconds since start-up began."""
-        return time.monotonic() - self._begun
+        return time.monotonic() - self.begun
 
 
 def _process_age_s() -> float:
@@ -65,6 +131,7 @@ class LoadProgress:
         self._begun = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        self._phases.progress("load weights", done, total)
         now = time.monotonic()
         if now - self._last < PROGRESS_EVERY_S:
             return
@@ -99,7 +166,7 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
     """Load the weights, allocate the pool, run one step.
 
     Raises:
-        InvalidModel, UnsupportedModel: see `load_engine`.
+        InvalidModel, UnsupportedModel: see `load_engine`; a wrong checksum, a store that fails.
         DeviceUnavailable: no such device here.
         NotEnoughMemory: the pool does not hold one sequence, or allocation failed.
     """
@@ -126,7 +193,8 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
             f"{-(-wanted // config.block_size) * block_bytes / 2**20:.0f} MiB "
             "or lower --max-model-len",
         )
-    with phases.phase("load weights"):
+    source = config.weights or LocalWeights(config.model_dir)
+    with phases.phase("load weights") as attributes:
         try:
             runner = load_engine(
                 config.model_dir,
@@ -137,15 +205,21 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
                 max_step_tokens=config.max_batch_tokens + config.max_sequences,
                 quantization=None if config.quantization == "none" else config.quantization,
                 progress=LoadProgress(phases),
+                source=source,
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise NotEnoughMemory(
                 f"weights and a KV pool of {num_blocks * block_bytes / 2**30:.1f} GiB do not fit on "
                 f"{config.device}; lower --kv-memory ({type(error).__name__})",
             ) from None
+        report = source.report()
+        attributes.update(report.attributes())
+    for line in report.lines():
+        phases.line(f"{'weights':<18} {line}")
     with phases.phase("warm up"):
         warm_up(runner)
-    name = fingerprint(config.model_dir)
+    name = fingerprint(config.model_dir, source)
+    source.close()
     return Engine(
         runner=runner,
         allocator=BlockAllocator(num_blocks, config.block_size),

@@ -4,11 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from safetensors import safe_open
-
 from kvrelay_engine.batch import Batch, SequenceSlice
 from kvrelay_engine.runner import ModelRunner
 from kvrelay_protocol.sampling import SamplingParams
+from kvrelay_protocol.weights.local import LocalWeights
+from kvrelay_protocol.weights.source import SAMPLE_BYTES, WeightSource, sample_offsets
 
 
 def warm_up(runner: ModelRunner) -> None:
@@ -22,31 +22,33 @@ def warm_up(runner: ModelRunner) -> None:
     runner.step(Batch((SequenceSlice(0, (0,), runner.pool.block_size - 1, (0,), greedy),)))
 
 
-def fingerprint(model_dir: Path) -> str:
+def fingerprint(model_dir: Path, source: WeightSource | None = None) -> str:
     """Digest of the config, of every tensor's name, dtype and shape, and of pages sampled from each file.
 
-    Samples rather than whole files, so that naming a checkpoint does not cost a second read of it.
+    Samples rather than whole files, so that naming a checkpoint does not cost a second read of it. The
+    same wherever its weights come from.
+
+    Args:
+        model_dir: a folder with `config.json`.
+        source: where the weights come from; None: the folder.
     """
+    source = source or LocalWeights(model_dir)
     digest = hashlib.blake2b(digest_size=16)
     config = json.loads((model_dir / "config.json").read_text())
     digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in sorted(model_dir.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        digest.update(path.stat().st_size.to_bytes(8, "little"))
-        with safe_open(path, framework="np") as tensors:
-            for name in sorted(tensors.keys()):
-                part = tensors.get_slice(name)
-                digest.update(f"{name}:{part.get_dtype()}:{part.get_shape()}".encode())
-        digest.update(_sample(path))
+    for file, size in sorted(source.files.items()):
+        digest.update(file.encode())
+        digest.update(size.to_bytes(8, "little"))
+        tensors = [(name, t) for name, t in source.tensors.items() if t.file == file]
+        for name, tensor in sorted(tensors):
+            digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        digest.update(_sample(source, file, size))
     return digest.hexdigest()
 
 
-def _sample(path: Path, count: int = 64, size: int = 4096) -> bytes:
+def _sample(source: WeightSource, file: str, size: int) -> bytes:
     """Evenly spaced pages of a file: other weights of the same shapes give another digest."""
-    total = path.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        for index in range(count):
-            file.seek(index * max(total - size, 0) // max(count - 1, 1))
-            digest.update(file.read(size))
+    for start in sample_offsets(size):
+        digest.update(source.read_range(file, start, SAMPLE_BYTES))
     return digest.digest()

@@ -5,6 +5,7 @@ import hmac
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvrelay_protocol import fleet_pb2 as pb
@@ -12,8 +13,8 @@ from kvrelay_protocol.errors import InvalidRequest, LayoutMismatch, Unauthorized
 from kvrelay_protocol.incoming import MessageMissing
 from kvrelay_protocol.versions import JOIN_VERSION
 from kvrelay_router.config import RouterConfig
-from kvrelay_router.fleet.worker_link import WorkerLink
-from kvrelay_router.requests.placement import WorkerState
+from kvrelay_router.fleet.worker_link import WorkerLink, role_of
+from kvrelay_router.requests.placement import Role, WorkerState
 
 MAX_NAME_LENGTH = 128
 MIN_SILENCE_S = 3.0
@@ -38,6 +39,20 @@ LAYOUT_FIELDS = (
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StartingWorker:
+    """What a worker said last that is on its way."""
+
+    name: str
+    role: Role
+    phase: str
+    done: int
+    """Bytes of the phase, where it counts them; else 0."""
+    total: int
+    elapsed_s: float
+    """Since its process started."""
+
+
 class FleetListener(Protocol):
     """Who hears about workers. Called on the event loop; must neither block nor raise."""
 
@@ -45,6 +60,9 @@ class FleetListener(Protocol):
 
     def worker_lost(self, link: WorkerLink, why: str) -> None:
         """The link is out of the registry already."""
+
+    def worker_starting(self, starting: StartingWorker) -> None:
+        """A worker that can't take work yet says how far it is."""
 
     def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         """Anything but hello; a heartbeat's load is in `link.load` already."""
@@ -71,6 +89,7 @@ class WorkerRegistry:
         self._config = config
         self._clock = clock
         self._links: dict[str, WorkerLink] = {}
+        self._starting: dict[str, StartingWorker] = {}
         self._last_sweep = clock()
 
     @property
@@ -83,6 +102,36 @@ class WorkerRegistry:
     def states(self) -> list[WorkerState]:
         quiet_since = self._clock() - self.quiet_limit_s
         return [link.state(quiet_since=quiet_since) for link in self._links.values()]
+
+    @property
+    def starting(self) -> tuple[StartingWorker, ...]:
+        """Workers that said they start and have not joined."""
+        return tuple(self._starting.values())
+
+    def starts(self, message: pb.Starting) -> None:
+        """Note how far a worker is; the caller says `starts_no_more` when its call ends.
+
+        Raises:
+            Unauthorized, InvalidRequest, LayoutMismatch: it could not join.
+        """
+        self._check_identity(message)
+        if message.worker_name in self._links:
+            return  # a late word of one that has joined meanwhile
+        worker = StartingWorker(
+            message.worker_name,
+            role_of(message.role),
+            message.phase,
+            message.done,
+            message.total,
+            message.elapsed_seconds,
+        )
+        self._starting[worker.name] = worker
+        if self.listener:
+            self.listener.worker_starting(worker)
+
+    def starts_no_more(self, name: str) -> None:
+        """Its call ended: it is about to join, or gone."""
+        self._starting.pop(name, None)
 
     def join(self, hello: pb.Hello) -> WorkerLink:
         """Admit a worker; one of the same name is replaced and counts as lost.
@@ -98,6 +147,7 @@ class WorkerRegistry:
             self.lose(previous, f"replaced by incarnation {hello.incarnation:016x}")
         link = WorkerLink(hello, now=self._clock())
         self._links[link.name] = link
+        self._starting.pop(link.name, None)
         logger.info("worker %s joined as %s", link.name, link.role.value)
         if self.listener:
             self.listener.worker_joined(link)
@@ -187,7 +237,7 @@ class WorkerRegistry:
             if silent > (self.witnessed_limit_s if witnessed else self.silence_limit_s):
                 self.lose(link, f"no sign of life for {silent:.1f} s")
 
-    def _check(self, hello: pb.Hello) -> None:
+    def _check_identity(self, hello: pb.Hello | pb.Starting) -> None:
         expected, given = self._config.join_token.encode(), hello.join_token.encode()
         if expected and not hmac.compare_digest(expected, given):
             raise Unauthorized("join_token: not the one this router was started with")
@@ -199,6 +249,9 @@ class WorkerRegistry:
             raise InvalidRequest(f"role: {hello.role} is neither prefill nor decode")
         _same("protocol_version", hello.protocol_version, JOIN_VERSION, "the router")
         _same("model", hello.model, self._config.model_name, "the router")
+
+    def _check(self, hello: pb.Hello) -> None:
+        self._check_identity(hello)
         for link in self._links.values():
             if link.name == hello.worker_name:
                 continue  # about to be replaced

@@ -58,15 +58,18 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
 
     async def Join(self, requests: AsyncIterator[pb.WorkerMessage], context: _Call) -> None:  # noqa: N802 - the name in fleet.proto
         try:
-            hello = await asyncio.wait_for(_hello(requests), HELLO_TIMEOUT_S)
+            first = await asyncio.wait_for(_next(requests), HELLO_TIMEOUT_S)
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello arrived")
             return
-        if hello is None:
+        if first is not None and first.WhichOneof("message") == "starting":
+            await self._listen_to_start(first, requests, context)
+            return
+        if first is None or first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
             return
         try:
-            link = self._registry.join(hello)
+            link = self._registry.join(first.hello)
         except KvrelayError as error:
             await context.write(_refused(error))
             return
@@ -76,6 +79,25 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             self._registry.lose(link, "its stream ended")
         if why is not None:
             await context.abort(grpc.StatusCode.ABORTED, why)
+
+    async def _listen_to_start(
+        self, first: pb.WorkerMessage, requests: AsyncIterator[pb.WorkerMessage], context: _Call
+    ) -> None:
+        """A worker that can't take work yet, until it ends the call."""
+        name, message = first.starting.worker_name, first
+        try:
+            while (
+                message.starting.worker_name == name
+            ):  # the empty name of another kind ends it too
+                self._registry.starts(message.starting)
+                following = await _next(requests)
+                if following is None:
+                    return
+                message = following
+        except KvrelayError as error:
+            await context.write(_refused(error))
+        finally:
+            self._registry.starts_no_more(name)
 
     async def _serve(
         self,
@@ -105,9 +127,9 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 return
 
 
-async def _hello(requests: AsyncIterator[pb.WorkerMessage]) -> pb.Hello | None:
+async def _next(requests: AsyncIterator[pb.WorkerMessage]) -> pb.WorkerMessage | None:
     async for message in requests:
-        return message.hello if message.WhichOneof("message") == "hello" else None
+        return message
     return None
 
 

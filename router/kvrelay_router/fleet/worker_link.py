@@ -60,13 +60,18 @@ class PendingWork:
         self.tokens -= size[1]
 
 
+def role_of(role: pb.Role) -> Role:
+    """The role of a worker whose hello was checked."""
+    return Role.PREFILL if role == pb.ROLE_PREFILL else Role.DECODE
+
+
 class WorkerLink:
     """Owned by the registry. Dropping it (`WorkerRegistry.lose`) ends the Join call that feeds it."""
 
     def __init__(self, hello: pb.Hello, *, now: float) -> None:
         self.name = hello.worker_name
         self.incarnation = hello.incarnation
-        self.role = Role.PREFILL if hello.role == pb.ROLE_PREFILL else Role.DECODE
+        self.role = role_of(hello.role)
         self.model = hello.model
         self.kv_layout = hello.kv_layout
         self.transport = hello.transport

@@ -26,6 +26,8 @@ class CallerWishes:
     traceparent: str | None
     force_path: PathKind | None
     deadline_s: float
+    wait_s: float | None = None
+    """Longest wait for a worker; None: the router's own limits."""
     tenant: bytes = b""
     """Prefixes are shared among requests of one tenant only; see `auth.tenant_of`."""
 
@@ -44,6 +46,7 @@ class CallerWishes:
             None if context is None else context.traceparent,
             _force_path(headers.get("x-kvrelay-force-path")),
             _deadline(headers.get("x-request-timeout"), longest_s),
+            _wait(headers.get("x-kvrelay-wait")),
             tenant,
         )
 
@@ -57,6 +60,19 @@ def _force_path(given: str | None) -> PathKind | None:
         names = " or ".join(PathKind)
         message = f"x-kvrelay-force-path must be {names}"
         raise InvalidRequest(message, param="x-kvrelay-force-path") from None
+
+
+def _wait(given: str | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:  # NaN as well
+        message = "x-kvrelay-wait must be a number of seconds, 0 or more"
+        raise InvalidRequest(message, param="x-kvrelay-wait")
+    return seconds
 
 
 def _deadline(given: str | None, longest_s: float) -> float:

@@ -63,6 +63,8 @@ def error_response(error: KvrelayError, headers: Mapping[str, str] | None = None
     if error.http_status in _RETRY_STATUS:
         wait = math.ceil(error.retry_after_s or 1.0)
         merged["Retry-After"] = str(min(max(wait, 1), MAX_RETRY_AFTER_S))
+    if error.should_retry is not None:
+        merged["x-should-retry"] = str(error.should_retry).lower()
     if error.http_status == 401:
         merged["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_object(error), error.http_status, merged)

@@ -9,7 +9,7 @@ service's events.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvrelay_protocol.errors import ClientGone, InternalError, KvrelayError
@@ -17,6 +17,7 @@ from kvrelay_router.http.errors import log_defect
 from kvrelay_router.http.timings import timings_object, usage_object
 from kvrelay_router.http.validation import ChoicePlan, GenerationPlan
 from kvrelay_router.requests.types import (
+    ColdStart,
     Failed,
     Finished,
     FinishReason,
@@ -120,6 +121,8 @@ class Choice:
                 return []
             case Queued(position, eta_s):
                 return [Notice("queued", {"position": position, "eta_s": eta_s})]
+            case ColdStart():
+                return [Notice("cold_start", asdict(event))]
             case Started(cached_tokens):
                 self.cached_tokens = cached_tokens
                 return [Notice("started", self._started())]

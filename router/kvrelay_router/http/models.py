@@ -29,6 +29,7 @@ def health_object(health: Health, *, verbose: bool) -> dict[str, Any]:
     }
     if verbose:
         body["workers"] = [asdict(worker) for worker in health.workers]
+        body["starting"] = list(health.starting)
     return body
 
 

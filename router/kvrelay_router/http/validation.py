@@ -210,6 +210,7 @@ def _choices(
                 cache_salt=wishes.tenant + (body.cache_salt or "").encode(),
                 traceparent=wishes.traceparent,
                 force_path=wishes.force_path,
+                wait_s=wishes.wait_s,
                 operation=operation,
             )
             text = OutputText(model.tokenizer.detokenizer(prompt.context), body.stop, stop_ids)

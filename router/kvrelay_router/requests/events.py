@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kvrelay_protocol.errors import KvrelayError
 from kvrelay_protocol.fleet_pb2 import Lease
-from kvrelay_router.requests.types import FinishReason, Path
+from kvrelay_router.requests.types import ColdStart, FinishReason, Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,21 @@ class NoPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class StartProgress:
+    """A worker of a pool that sleeps is on its way."""
+
+    at: float
+    start: ColdStart
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAwake:
+    """The first decode worker is there: what was parked has its whole time to run before it."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlaceFound:
     """Workers for the next attempt, which both workers will know as `sequence_id`."""
 
@@ -41,6 +56,10 @@ class PlaceTimedOut:
     at: float
     attempt: int
     retry_after_s: float
+    waited_s: float | None = None
+    """What a first attempt was allowed to wait, where that is not the queue's own limit."""
+    waking: bool = False
+    """The pool was at zero all that time, and somebody starts a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +203,8 @@ Event = (
     WorkerEvent
     | Admitted
     | NoPlace
+    | StartProgress
+    | PoolAwake
     | PlaceFound
     | PlaceTimedOut
     | WorkerGone

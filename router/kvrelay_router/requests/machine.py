@@ -36,6 +36,7 @@ from kvrelay_protocol.errors import (
     LeaseLost,
     NoCapacity,
     TransferError,
+    WaitOver,
     WorkerLost,
 )
 from kvrelay_router.requests.actions import (
@@ -65,9 +66,11 @@ from kvrelay_router.requests.events import (
     NoPlace,
     PlaceFound,
     PlaceTimedOut,
+    PoolAwake,
     SequenceFailed,
     SequenceStarted,
     ShutDown,
+    StartProgress,
     StoppedEarly,
     TokensArrived,
     WorkerEvent,
@@ -174,7 +177,9 @@ class RequestMachine:
         self.emitted: list[int] = []
         self._max_tokens = request.max_tokens
         self._received_at = received_at
-        self._deadline_at = received_at + request.deadline_s
+        self.deadline_at = received_at + request.deadline_s
+        """By the clock of the events; time spent parked moves it."""
+        self._parked_at = received_at
         self._max_replays = max_replays
         self._queue_timeout_s = queue_timeout_s
         self._replay_wait_s = replay_wait_s
@@ -274,6 +279,10 @@ class RequestMachine:
                 return self._admitted()
             case NoPlace():
                 return self._no_place(event)
+            case StartProgress(_, start):
+                return [Emit(start)] if self.state is State.PARKED else []
+            case PoolAwake(at):
+                return self._pool_awake(at)
             case PlaceFound():
                 return self._place_found(event)
             case PlaceTimedOut():
@@ -299,8 +308,17 @@ class RequestMachine:
     def _no_place(self, event: NoPlace) -> list[Action]:
         if self.state not in _UNPLACED:
             return []
+        if event.parked and self.state is not State.PARKED:
+            self._parked_at = event.at
         self.state = State.PARKED if event.parked else State.QUEUED
         return [Emit(Queued(event.position, event.eta_s))]
+
+    def _pool_awake(self, at: float) -> list[Action]:
+        """Time spent parked is not the request's own: what it may run begins now."""
+        if self.state is State.PARKED:
+            self.state = State.QUEUED
+            self.deadline_at += at - self._parked_at
+        return []
 
     def _place_found(self, event: PlaceFound) -> list[Action]:
         if self.state not in _UNPLACED and self.state is not State.REPLAYING:
@@ -326,7 +344,7 @@ class RequestMachine:
             self.request.prompt_tokens + tuple(self.emitted),
             offset,
             self.request.max_tokens - offset,
-            max(0.0, self._deadline_at - event.at),
+            max(0.0, self.deadline_at - event.at),
         )
         actions: list[Action] = [Emit(Placed(path, number))]
         if path.prefill_worker is not None:
@@ -338,10 +356,7 @@ class RequestMachine:
 
     def _place_timed_out(self, event: PlaceTimedOut) -> list[Action]:
         if self.state in _UNPLACED and event.attempt == 0:
-            error: KvrelayError = NoCapacity(
-                f"no worker took the request within {self._queue_timeout_s:g} s",
-                retry_after_s=event.retry_after_s,
-            )
+            error: KvrelayError = self._nobody_came(event)
         elif self.state is State.REPLAYING and event.attempt == self.replays + 1:
             error = WorkerLost(
                 f"{self._cause}; no other worker took the request over within {self._replay_wait_s:g} s",
@@ -349,6 +364,13 @@ class RequestMachine:
         else:
             return []
         return self._end(State.FAILED, error, "failed")
+
+    def _nobody_came(self, event: PlaceTimedOut) -> NoCapacity:
+        waited_s = self._queue_timeout_s if event.waited_s is None else event.waited_s
+        asleep = "; the model sleeps, and wakes up now" if event.waking else ""
+        message = f"no worker took the request within {waited_s:g} s{asleep}"
+        kind = NoCapacity if self.request.wait_s is None else WaitOver
+        return kind(message, retry_after_s=event.retry_after_s)
 
     # ---- messages of the current attempt
 

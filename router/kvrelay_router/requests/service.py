@@ -15,13 +15,15 @@ from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import Draining, KvrelayError, WorkerLost
 from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_router.config import RouterConfig
-from kvrelay_router.fleet.registry import WorkerRegistry
+from kvrelay_router.fleet.registry import StartingWorker, WorkerRegistry
 from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.metrics import RouterMetrics
 from kvrelay_router.requests import actions, events
 from kvrelay_router.requests import machine as m
 from kvrelay_router.requests.admission import DrainRate, WaitingLine
-from kvrelay_router.requests.placement import Demand, Role, place
+from kvrelay_router.requests.demand import FleetDemand
+from kvrelay_router.requests.parking import Parking
+from kvrelay_router.requests.placement import Demand, Role, blocks_needed, place
 from kvrelay_router.requests.stream import EventStream
 from kvrelay_router.requests.tracing import RequestTrace
 from kvrelay_router.requests.types import (
@@ -32,6 +34,7 @@ from kvrelay_router.requests.types import (
     RequestEvent,
     RequestStream,
     Resumed,
+    Started,
     Tokens,
     ValidRequest,
     WorkerView,
@@ -44,6 +47,7 @@ from kvrelay_router.requests.wire import (
     tokens_event,
     worker_event,
 )
+from kvrelay_router.scaling.meter import DemandMeter
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ class _Flight:
         "stream",
         "trace",
         "traceparent",
+        "wait_s",
     )
 
     def __init__(
@@ -93,6 +98,8 @@ class _Flight:
         self.search_ns = 0
         self.deadline: asyncio.TimerHandle | None = None
         self.place_timer: asyncio.TimerHandle | None = None
+        self.wait_s = 0.0
+        """What that timer was set to."""
         self.stream: EventStream
 
 
@@ -116,6 +123,16 @@ class RouterService:
         self._line: WaitingLine[_Flight] = WaitingLine(max(1, config.max_queue))
         self._replaying: dict[_Flight, None] = {}
         self._rate = DrainRate()
+        self.parking = Parking(config)
+        self._meter = DemandMeter()
+        self._arrived = 0
+        """Requests since the scaler last looked."""
+        self._busy_at = self._prompt_at = self._clock()
+        """When a request was last there, and when one that had no token yet."""
+        self._block_size = 16
+        """Of the last decode worker."""
+        self._context_limit: int | None = None
+        """What the last decode workers held: one that wakes up holds as much."""
         self._draining = False
         self._pump_scheduled = False
         self._generated = 0
@@ -153,29 +170,31 @@ class RouterService:
             on_stop=lambda: self._feed(flight, events.StoppedEarly(self._clock())),
         )
         self._flights.add(flight)
+        self._arrived += 1
+        self._meter.arrived(now, len(request.prompt_tokens))
         self._idle.clear()
-        flight.deadline = asyncio.get_running_loop().call_later(
-            request.deadline_s,
-            lambda: self._feed(flight, events.DeadlineReached(self._clock())),
-        )
+        self._set_deadline(flight, request.deadline_s)
         self._feed(flight, events.Admitted(now))
         return flight.stream
 
     def health(self) -> Health:
         views = tuple(_view(link) for link in self._registry.links)
-        ready = any(v.role == Role.DECODE and not v.draining for v in views)
+        awake = any(v.role == Role.DECODE and not v.draining for v in views)
+        ready = awake or self.parking.wakes
         if self._draining:
             return Health(ready=False, phase="draining", workers=views)
         return Health(
             ready=ready,
-            phase="ready" if ready else "no_decode_worker",
+            phase="ready" if awake else "asleep" if ready else "no_decode_worker",
             workers=views,
+            starting=tuple(worker.name for worker in self._registry.starting),
             max_model_len=self.context_limit(),
         )
 
     def context_limit(self) -> int | None:
         limits = [k.max_model_len for k in self._registry.links if k.role is Role.DECODE]
-        return min(limits, default=None)
+        self._context_limit = min(limits, default=self._context_limit)
+        return self._context_limit
 
     # ---- for the owner
 
@@ -193,7 +212,58 @@ class RouterService:
     def worker_joined(self, link: WorkerLink) -> None:
         self._metrics.worker_loads(link)
         self._metrics.fleet(self._registry.links)
+        # Who came for a request that went on without it gets its idle time all the same.
+        self._busy_at = self._prompt_at = now = self._clock()
+        self.parking.joined(link.role, now)
+        if link.role is Role.DECODE:
+            self._block_size = link.block_size
+            self._unpark()
         self._schedule_pump()
+
+    def worker_starting(self, starting: StartingWorker) -> None:
+        now = self._clock()
+        if (start := self.parking.progress(starting, now)) is not None:
+            self._tell_parked(events.StartProgress(now, start))
+
+    # ---- for the scaler
+
+    def demand(self, now: float) -> FleetDemand:
+        """What is in hand; the requests that came since the last call are counted once."""
+        waiting = [*self._line, *self._replaying]
+        tokens = [len(f.request.prompt_tokens) + len(f.machine.emitted) for f in waiting]
+        if self._flights:
+            self._busy_at = now
+        if any(not f.machine.emitted for f in self._flights):
+            self._prompt_at = now
+        arrived, self._arrived = self._arrived, 0
+        return FleetDemand(
+            waiting=len(waiting),
+            waiting_tokens=sum(tokens),
+            waiting_blocks=sum(blocks_needed(count, self._block_size) for count in tokens),
+            transferring=sum(f.machine.awaits_kv for f in self._by_sequence.values()),
+            arrived=arrived,
+            arriving_tokens_per_second=self._meter.tokens_per_second(now),
+            idle_s=now - self._busy_at,
+            prompts_idle_s=now - self._prompt_at,
+            start_s=self.parking.starts.took_s,
+        )
+
+    def start_requested(self, pool: Role) -> None:
+        """Workers of a pool that had none were asked for."""
+        now = self._clock()
+        parked = [f.received_at for f in self._line if f.machine.state is m.State.PARKED]
+        if parked:
+            self._metrics.queue_to_wake.observe(now - min(parked))
+        self._tell_parked(events.StartProgress(now, self.parking.requested(pool, now)))
+
+    def scaled(self, pool: Role, replicas: int, reason: str) -> None:
+        """The provider took a new number of workers."""
+        logger.info("%s: %d workers wanted (%s)", pool.value, replicas, reason)
+        self._metrics.wanted(pool.value, replicas, reason)
+
+    def scaling_failed(self, pool: Role) -> None:
+        """It did not."""
+        self._metrics.scaling_failures.labels(pool.value).inc()
 
     def worker_lost(self, link: WorkerLink, why: str) -> None:
         self._metrics.worker_left(link)
@@ -202,6 +272,8 @@ class RouterService:
         for flight in tuple(self._by_sequence.values()):
             if link in flight.links:
                 self._feed(flight, event)
+        if link.role is Role.DECODE and not self._decoders():
+            self._park()
 
     def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         now = self._clock()
@@ -312,6 +384,8 @@ class RouterService:
                 answer = self._carry_out(flight, action, event.at)
                 if answer is not None:  # to `FindPlace`, which is always the last action
                     self._feed(flight, answer)
+                    if isinstance(answer, events.NoPlace):
+                        self._begin_parking(flight)
         except Exception:
             logger.exception("defect", extra={"request_id": flight.request.request_id})
             if not isinstance(event, events.Broken):
@@ -350,6 +424,9 @@ class RouterService:
         # The client comes first: a defect in the book-keeping below must not cost it the event.
         flight.stream.put(event)
         match event:
+            case Started(cached_tokens):
+                prompt = len(flight.request.prompt_tokens)
+                self._meter.computed(at, prompt=prompt, cached=cached_tokens)
             case Tokens(ids):
                 self._generated += len(ids)
                 if flight.last_token_at is None:
@@ -403,19 +480,75 @@ class RouterService:
         found = None if find.cause is None and self._line else self._try_place(flight)
         if found is not None:
             return found
-        flight.place_timer = asyncio.get_running_loop().call_later(
-            find.wait_s,
-            self._place_timed_out,
-            flight,
-            find.attempt,
-        )
         if find.cause is not None:
+            self._wait_for_place(flight, find.wait_s)
             self._replaying[flight] = None
             return None
+        parked = not self._decoders()
+        self._wait_for_place(
+            flight, self.parking.wait_s(flight.request, find.wait_s, parked=parked)
+        )
         position = self._line.add(flight)
-        decoders = any(k.role is Role.DECODE and not k.draining for k in self._registry.links)
-        eta = self._rate.eta_s(position) if decoders else None
-        return events.NoPlace(self._clock(), position, eta, parked=not decoders)
+        self.parking.demand()
+        eta = None if parked else self._rate.eta_s(position)
+        return events.NoPlace(self._clock(), position, eta, parked=parked)
+
+    def _decoders(self) -> bool:
+        return any(k.role is Role.DECODE and not k.draining for k in self._registry.links)
+
+    def _wait_for_place(self, flight: _Flight, wait_s: float) -> None:
+        if flight.place_timer is not None:
+            flight.place_timer.cancel()
+        flight.wait_s = wait_s
+        flight.place_timer = asyncio.get_running_loop().call_later(
+            wait_s, self._place_timed_out, flight
+        )
+
+    def _set_deadline(self, flight: _Flight, seconds: float) -> None:
+        if flight.deadline is not None:
+            flight.deadline.cancel()
+        flight.deadline = asyncio.get_running_loop().call_later(
+            seconds, lambda: self._feed(flight, events.DeadlineReached(self._clock()))
+        )
+
+    # ---- a pool at zero
+
+    def _begin_parking(self, flight: _Flight) -> None:
+        """Its time to run stops, and it hears what the others have heard."""
+        if flight.machine.state is not m.State.PARKED or not self.parking.wakes:
+            return
+        if flight.deadline is not None:
+            flight.deadline.cancel()
+        now = self._clock()
+        for start in self.parking.under_way(now):
+            self._feed(flight, events.StartProgress(now, start))
+
+    def _park(self) -> None:
+        """The last decode worker is gone: what waits for a place waits for the next one."""
+        if not self.parking.wakes:
+            return
+        now = self._clock()
+        for position, flight in enumerate(self._line, 1):
+            self._wait_for_place(flight, self.parking.wait_s(flight.request, 0.0, parked=True))
+            self._feed(flight, events.NoPlace(now, position, None, parked=True))
+            self._begin_parking(flight)
+        self.parking.demand()
+
+    def _unpark(self) -> None:
+        """A decode worker is there: time to run begins for all that waited for one."""
+        now = self._clock()
+        for flight in self._line:
+            find, machine = flight.find, flight.machine
+            if machine.state is not m.State.PARKED or find is None:
+                continue
+            self._feed(flight, events.PoolAwake(now))
+            self._set_deadline(flight, machine.deadline_at - now)
+            wait_s = self.parking.wait_s(flight.request, find.wait_s, parked=False)
+            self._wait_for_place(flight, wait_s)
+
+    def _tell_parked(self, event: events.StartProgress) -> None:
+        for flight in self._line:
+            self._feed(flight, event)
 
     def _try_place(self, flight: _Flight) -> events.PlaceFound | None:
         find, machine = flight.find, flight.machine
@@ -464,9 +597,15 @@ class RouterService:
             flight.place_timer.cancel()
             flight.place_timer = None
 
-    def _place_timed_out(self, flight: _Flight, attempt: int) -> None:
-        retry_after = self._rate.retry_after_s(len(self._line))
-        self._feed(flight, events.PlaceTimedOut(self._clock(), attempt, retry_after))
+    def _place_timed_out(self, flight: _Flight) -> None:
+        if flight.find is None:
+            return
+        now, attempt = self._clock(), flight.find.attempt
+        waking = self.parking.wakes and flight.machine.state is m.State.PARKED
+        retry_after = (
+            self.parking.retry_after_s(now) if waking else self._rate.retry_after_s(len(self._line))
+        )
+        self._feed(flight, events.PlaceTimedOut(now, attempt, retry_after, flight.wait_s, waking))
 
     def _schedule_pump(self) -> None:
         """Room may have come free: look at the line once this tick's work is done."""

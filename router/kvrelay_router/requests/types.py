@@ -27,6 +27,8 @@ class ValidRequest:
     """W3C context of the caller, if any."""
     force_path: "PathKind | None" = None
     """For tests and measurements: place on this path or fail."""
+    wait_s: float | None = None
+    """Longest wait for a place, where the caller named one; 0 fails at once."""
     operation: str = "chat"
     """What the client asked for, in the words of OpenTelemetry's `gen_ai.operation.name`."""
 
@@ -62,6 +64,22 @@ class Queued:
 
     position: int
     eta_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStart:
+    """The request is parked, and a worker that may serve it comes up."""
+
+    pool: str
+    """`prefill` or `decode`."""
+    phase: str
+    """`requested` until the worker's process speaks; then what it does: `import`, `check_device`,
+    `load_weights`, `warm_up`, `start_transport`."""
+    done: int
+    """Bytes of the phase, where it counts them; else 0."""
+    total: int
+    eta_s: float | None
+    """Seconds left, by the last start; None before the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +146,7 @@ class Failed:
     error: KvrelayError
 
 
-RequestEvent = Queued | Placed | Started | Resumed | Tokens | Finished | Failed
+RequestEvent = Queued | ColdStart | Placed | Started | Resumed | Tokens | Finished | Failed
 
 
 class RequestStream(Protocol):
@@ -179,6 +197,8 @@ class Health:
     ready: bool
     phase: str
     workers: tuple[WorkerView, ...] = field(default=())
+    starting: tuple[str, ...] = ()
+    """Names of workers that are on their way."""
     max_model_len: int | None = None
     """Tokens of prompt plus answer that every decode worker holds; None while none has joined."""
 

@@ -33,7 +33,7 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
     """A parser that splits and explains ; checking values is `settings.resolve`'s."""
     parser = _Parser(
         prog=f"kvrelay {command.name}",
-        usage=f"kvrelay {command.name} {'[MODEL] ' if _takes_model(command) else ''}[FLAG ...]",
+        usage=f"kvrelay {command.name} {_positionals(command)}[FLAG ...]",
         description=_wrapped(command.summary),
         epilog=_wrapped(command.epilog) or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,8 +66,13 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.fill(line, 80) for line in text.splitlines())
 
 
-def _takes_model(command: Command) -> bool:
-    return any(flag.positional for flag in command.flags)
+def _positionals(command: Command) -> str:
+    """As the usage line shows them, each with a space behind it."""
+    return "".join(
+        f"{flag.metavar} " if flag.required else f"[{flag.metavar}] "
+        for flag in command.flags
+        if flag.positional
+    )
 
 
 def search_help(command: Command, word: str) -> str:

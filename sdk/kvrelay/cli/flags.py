@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvrelay.cli.units import parse_duration, parse_size
 
@@ -62,6 +62,28 @@ def integer(low: int, high: int | None = None) -> Parse:
         return number
 
     return parse
+
+
+class Bounds(NamedTuple):
+    """At least and at most so many; as text what `bounds` reads."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return f"{self.low}:{self.high}"
+
+
+def bounds(value: str) -> Bounds:
+    """`MIN:MAX`, or one number for both."""
+    low, colon, high = value.partition(":")
+    try:
+        found = Bounds(int(low), int(high if colon else low))
+    except ValueError:
+        found = Bounds(-1, -1)
+    if not 0 <= found.low <= found.high:
+        raise ValueError("must be MIN:MAX, whole numbers with 0 <= MIN <= MAX")
+    return found
 
 
 def number(low: float, high: float) -> Parse:

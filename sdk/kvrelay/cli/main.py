@@ -21,14 +21,17 @@ _COMMANDS = {
     "doctor": "versions, devices, limits, and the transport between two processes",
     "bench": "measure: engine, peers, start-up, serving, transfer, router",
     "chaos": "break a stack of its own under load and judge every answer",
+    "deploy": "run it on AWS: plan, apply, status, destroy",
+    "weights": "upload a model to S3 with checksums",
+    "simulate": "a fleet on a virtual clock, under the real scaler and placement",
     "router": "the HTTP front alone (what its container runs)",
     "prefill": "one prefill worker (what its container runs)",
     "decode": "one decode worker (what its container runs)",
 }
 _MODULES = {"prefill": "worker", "decode": "worker"}
 _EXTRA_OF = {"router": "router", "prefill": "worker", "decode": "worker", "chat": "all",
-             "chaos": "all",
-             "bench": "bench"}  # fmt: skip
+             "chaos": "all", "deploy": "aws",
+             "bench": "bench", "simulate": "bench", "weights": "aws"}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

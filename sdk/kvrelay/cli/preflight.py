@@ -3,12 +3,10 @@
 import asyncio
 import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvrelay.cli.units import format_size
 from kvrelay_protocol.errors import (
@@ -20,11 +18,11 @@ from kvrelay_protocol.errors import (
     UsageError,
 )
 from kvrelay_protocol.model_files import ModelFiles, resolve_model
+from kvrelay_protocol.weights.header import Header
 
 if TYPE_CHECKING:
     from kvrelay_engine.models.config import ModelConfig
 
-_MAX_HEADER_BYTES = 100 * 1024 * 1024
 _ROUTER_BYTES = 200 * 1024 * 1024
 _WORKER_BYTES = 350 * 1024 * 1024
 """Resident memory of the processes themselves: interpreter and libraries, before any weight."""
@@ -49,9 +47,10 @@ def check_model(reference: str | None, revision: str | None) -> CheckedModel:
     config = _parse_config(files)
     files.require_tokenizer()
     files = resolve_model(reference, revision=revision)
-    shards = files.weight_files()
-    _check_index(files.directory)
-    return CheckedModel(files, config, sum(count_parameters(shard) for shard in shards))
+    headers = files.headers()
+    _check_index(files, headers)
+    tensors = [tensor for header in headers.values() for tensor in header.values()]
+    return CheckedModel(files, config, sum(tensor.elements for tensor in tensors))
 
 
 def _parse_config(files: ModelFiles) -> "ModelConfig":
@@ -68,39 +67,17 @@ def _parse_config(files: ModelFiles) -> "ModelConfig":
         ) from None
 
 
-def _check_index(directory: Path) -> None:
-    for index in directory.glob("*.safetensors.index.json"):
+def _check_index(files: ModelFiles, headers: Mapping[str, Header]) -> None:
+    for index in files.directory.glob("*.safetensors.index.json"):
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError):
             raise InvalidModel(f"{index} is not a safetensors index") from None
-        missing = sorted(name for name in names if not (directory / name).is_file())
+        missing = sorted(names - headers.keys())
         if missing:
-            raise InvalidModel(f"{directory} lacks {', '.join(missing[:3])}, named in {index.name}")
-
-
-def count_parameters(path: Path) -> int:
-    """Elements of all tensors in a safetensors file, from its header.
-
-    Raises:
-        InvalidModel: it is damaged or cut short.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if not 0 < length <= _MAX_HEADER_BYTES:
-                raise InvalidModel(f"{path} is not a safetensors file")
-            header: Mapping[str, Any] = json.loads(file.read(length))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-        count = sum(int(math.prod(entry["shape"])) for entry in tensors)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise InvalidModel(f"{path} is not a safetensors file") from None
-    if path.stat().st_size != 8 + length + end:
-        raise InvalidModel(
-            f"{path} is damaged: {path.stat().st_size} bytes, its header says {8 + length + end}"
-        )
-    return count
+            raise InvalidModel(
+                f"{files.reference} lacks {', '.join(missing[:3])}, named in {index.name}"
+            )
 
 
 def check_ports(listeners: Sequence[tuple[str, int, str]]) -> None:

@@ -14,3 +14,10 @@ def preload_workers() -> None:
     # A worker that needs it says why it does not load.
     with contextlib.suppress(ImportError):
         load_ucx()
+
+
+def preload_workers_with_s3() -> None:
+    """The same and boto3, for weights in S3."""
+    preload_workers()
+    with contextlib.suppress(ImportError):
+        import boto3.session  # noqa: F401 - for the workers

@@ -15,6 +15,7 @@ from kvrelay.cli.settings import own_thread_setting, set_threads
 from kvrelay_infra.host import count_gpus, read_cores
 from kvrelay_protocol.errors import DeviceUnavailable, UsageError
 from kvrelay_protocol.model_files import resolve_model
+from kvrelay_protocol.weights.stream import StreamOptions
 
 
 def run_router(values: SimpleNamespace) -> int:
@@ -29,9 +30,11 @@ def run_router(values: SimpleNamespace) -> int:
     model.read_config()
     model.require_tokenizer()
 
+    from kvrelay.cli.scaling import read_scaling
     from kvrelay_router.config import RouterConfig
     from kvrelay_router.main import run
 
+    scaling = read_scaling(values)
     return run(
         RouterConfig(
             model_dir=model.directory,
@@ -40,6 +43,7 @@ def run_router(values: SimpleNamespace) -> int:
             port=values.port,
             join_host=values.join_host,
             join_port=values.join_port,
+            scaler_port=values.scaler_port,
             join_token=values.join_token,
             join_tls_cert=values.join_tls_cert,
             join_tls_key=values.join_tls_key,
@@ -50,6 +54,7 @@ def run_router(values: SimpleNamespace) -> int:
             max_body_bytes=values.max_body,
             max_queue=values.max_queue,
             queue_timeout_s=values.queue_timeout,
+            wake_timeout_s=values.wake_timeout,
             request_timeout_s=values.request_timeout,
             replay_wait_s=values.replay_wait,
             max_replays=values.max_replays,
@@ -59,7 +64,8 @@ def run_router(values: SimpleNamespace) -> int:
             local_prefill_max_tokens=values.local_prefill_max_tokens,
             log_requests=values.log_requests,
             supervised=values.supervised,
-        )
+        ),
+        scaling,
     )
 
 
@@ -67,8 +73,8 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     """`role` is `prefill` or `decode`."""
     model = resolve_model(values.model, revision=values.revision)
     model.read_config()
-    model.weight_files()
-    model.read_ahead()
+    # From here on the weights arrive, while torch and UCX are imported.
+    weights = model.open_weights(stream_options(values))
     threads = values.threads or own_thread_setting() or 0
     if not threads:
         threads = read_cores()
@@ -82,6 +88,7 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
         name=values.name or f"{role}-{socket.gethostname()}-{os.getpid()}",
         model_dir=model.directory,
         model_name=values.served_model_name or model.name,
+        weights=weights,
         router=values.join,
         join_token=values.join_token,
         router_ca=values.router_ca,
@@ -114,6 +121,17 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     else:
         raise UsageError(f"no such role: {role}")
     return run(config)
+
+
+def stream_options(values: SimpleNamespace) -> StreamOptions:
+    """How weights that are not here are fetched."""
+    given = values.link_gbps * 1e9 / 8 if values.link_gbps else None
+    return StreamOptions(
+        streams=values.fetch_streams,
+        part_bytes=values.fetch_part,
+        window_bytes=values.fetch_window,
+        link_bytes_per_s=given,
+    )
 
 
 def resolve_device(device: str) -> str:

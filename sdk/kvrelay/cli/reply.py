@@ -11,6 +11,7 @@ from typing import NoReturn, TextIO
 from kvrelay import (
     ChatOptions,
     Client,
+    ColdStart,
     KvrelayClientError,
     Message,
     Queued,
@@ -41,6 +42,7 @@ def stream_reply(
 ) -> Reply:
     """Print the text while it arrives. Ctrl-C stops the answer, here and on the server."""
     usage: Usage | None = None
+    starting: tuple[str, str] | None = None
     text = ""
     stopped = False
     with client.stream(messages, **options) as stream:
@@ -53,6 +55,9 @@ def stream_reply(
                         out.flush()
                     case Queued(position=position) if position > 0:
                         out.write(f"(waiting, number {position})\n")
+                    case ColdStart(pool=pool, phase=phase) if (pool, phase) != starting:
+                        starting = (pool, phase)
+                        out.write(f"(a {pool} worker starts: {phase.replace('_', ' ')})\n")
                     case Resumed(gap_s=gap):
                         out.write(f"⟲{gap:.1f}s ")
                     case Usage():

@@ -1,14 +1,18 @@
 """`kvrelay up`: check everything, then hand a fleet of local processes to the supervisor."""
 
+import atexit
 import secrets
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 from kvrelay.cli.commands.shared import ROUTER_FLAGS, STACK_FLAGS, WORKER_FLAGS
-from kvrelay.cli.flags import to_arguments, to_environment
+from kvrelay.cli.flags import Bounds, to_arguments, to_environment
 from kvrelay.cli.preflight import (
     CheckedModel,
     MemoryPlan,
@@ -30,6 +34,7 @@ from kvrelay_infra.host import (
 )
 from kvrelay_infra.local import LocalFleet, Supervisor
 from kvrelay_infra.process import ChildSpec
+from kvrelay_protocol.errors import UsageError
 
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
 
@@ -82,7 +87,8 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
         | {
             "served_model_name": name,
             "max_model_len": memory.max_model_len,
-            "revision": None,
+            # Whatever happens to its objects, a worker that starts again loads the same weights.
+            "revision": model.files.revision,
             # A router that starts again must come back where workers and clients look.
             "port": values.port or free_port(values.host),
             "join_port": values.join_port or free_port(values.join_host),
@@ -90,9 +96,31 @@ def plan_stack(values: SimpleNamespace) -> StackPlan:
             "join_token": values.join_token or secrets.token_urlsafe(24),
             "threads": values.threads or own_thread_setting() or 0,
             "supervised": True,
+            **on_demand(values),
         }
     )
     return StackPlan(model, name, memory, cores, local_fleet(settled, model, cores, gpus))
+
+
+def on_demand(values: SimpleNamespace) -> dict[str, object]:
+    """What the router must know to start workers when they are needed; nothing where all always run.
+
+    Raises:
+        UsageError: more always run than there are.
+    """
+    if values.min is None:
+        return {}
+    for pool in ("prefill", "decode"):
+        most = getattr(values, pool)
+        if values.min > most:
+            raise UsageError(f"--min {values.min} is above --{pool} {most}; lower it or raise that")
+    folder = Path(tempfile.mkdtemp(prefix="kvrelay-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {
+        "provider": f"local:{folder / 'scale'}",
+        "scale_prefill": Bounds(values.min, values.prefill),
+        "scale_decode": Bounds(values.min, values.decode),
+    }
 
 
 def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: int) -> LocalFleet:
@@ -127,6 +155,8 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         _command("router", model, to_arguments(ROUTER_FLAGS, values)),
         thread_environment(1) | to_environment(ROUTER_FLAGS, values),
     )
+    provider = getattr(values, "provider", None)
+    preload = "preload_workers" if model.files.remote is None else "preload_workers_with_s3"
     return LocalFleet(
         router=router,
         workers=workers,
@@ -136,14 +166,15 @@ def local_fleet(values: SimpleNamespace, model: CheckedModel, cores: int, gpus: 
         join_port=values.join_port,
         tls=values.tls_cert is not None,
         drain_grace_s=values.drain_grace,
-        preload="kvrelay.cli.preload:preload_workers",
+        scale_socket=Path(provider.partition(":")[2]) if provider else None,
+        running={"prefill": values.min, "decode": values.min} if provider else {},
+        preload=f"kvrelay.cli.preload:{preload}",
         preload_environment=thread_environment(1),
     )
 
 
 def _command(role: str, model: CheckedModel, arguments: Sequence[str]) -> list[str]:
-    directory = str(model.files.directory)
-    return [sys.executable, "-m", "kvrelay.cli", role, directory, *arguments]
+    return [sys.executable, "-m", "kvrelay.cli", role, model.files.reference, *arguments]
 
 
 def share_cores(cores: int, roles: Sequence[str], fixed: int) -> list[int]:
@@ -170,10 +201,13 @@ def spread_device(device: str, position: int, gpus: int) -> str:
 
 
 def describe(plan: StackPlan) -> str:
-    """Two lines: what is about to be served, and what it takes."""
+    """What is about to be served, and what it takes."""
     model, memory = plan.model, plan.memory
+    files = model.files
+    pinned = "" if files.revision is None else f"  {files.reference} at revision {files.revision}\n"
     return (
         f"{plan.name}: {model.config.architecture}, {format_count(model.parameters)} parameters\n"
+        f"{pinned}"
         f"  each worker: {format_size(memory.weights)} weights + "
         f"{format_size(memory.kv_pool)} KV pool; {plan.cores} cores here"
     )

@@ -66,7 +66,7 @@ class LLM:
         """Load a model.
 
         Args:
-            model: a Hugging Face folder, a hub id, or `kvrelay-demo`.
+            model: a Hugging Face folder, a hub id, `s3://bucket/prefix`, or `kvrelay-demo`.
             tokenizer: folder or hub id of another tokenizer.
             skip_tokenizer_init: load none; prompts are token ids and answers have no text.
             dtype: `auto`, `float32`, `bfloat16`, `float16`, or a torch dtype.

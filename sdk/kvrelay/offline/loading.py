@@ -1,14 +1,18 @@
 """From the arguments of `LLM` to a loaded model with its pool, warmed up."""
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvrelay.offline.memory import PoolWish, plan_pool, weight_bytes
+from kvrelay.offline.memory import PoolWish, plan_pool
 from kvrelay_protocol.errors import DeviceUnavailable, NotEnoughMemory, UsageError
 from kvrelay_protocol.model_files import ModelFiles
+from kvrelay_protocol.weights.source import WeightSource
 
 if TYPE_CHECKING:
     from kvrelay_engine.runner import ModelRunner
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"half": "float16", "float": "float32"}
 """vLLM's further names."""
@@ -44,6 +48,24 @@ def load(files: ModelFiles, wish: LoadWish, pool: PoolWish) -> Loaded:
         DeviceUnavailable: no such device here.
         NotEnoughMemory: the pool is too small, or does not fit beside the weights.
     """
+    if wish.quantization not in _QUANTIZATIONS:
+        raise UsageError(
+            f"quantization={wish.quantization!r} is not supported; use 'int8' or None",
+            param="quantization",
+        )
+    files.read_config()
+    # What is not on this machine arrives while torch is imported.
+    weights = files.open_weights()
+    try:
+        loaded = _load(files, weights, wish, pool)
+        for line in weights.report().lines():
+            log.info("weights: %s", line)
+        return loaded
+    finally:
+        weights.close()
+
+
+def _load(files: ModelFiles, weights: WeightSource, wish: LoadWish, pool: PoolWish) -> Loaded:
     import torch
 
     from kvrelay_engine.cache.sizing import kv_bytes_per_block
@@ -52,21 +74,15 @@ def load(files: ModelFiles, wish: LoadWish, pool: PoolWish) -> Loaded:
     from kvrelay_engine.models.weights import load_model_config
     from kvrelay_engine.runtime.warmup import warm_up
 
-    if wish.quantization not in _QUANTIZATIONS:
-        raise UsageError(
-            f"quantization={wish.quantization!r} is not supported; use 'int8' or None",
-            param="quantization",
-        )
     device = _device(wish.device)
     set_compute_threads(wish.threads)
-    files.read_config()
     config = load_model_config(files.directory)
     dtype = _dtype(wish.dtype, config.checkpoint_dtype)
     plan = plan_pool(
         config,
         pool,
         block_bytes=kv_bytes_per_block(config, pool.block_size, DTYPE_BYTES[dtype]),
-        weight_bytes=weight_bytes(files.directory),
+        weight_bytes=files.weight_bytes(),
         device=device,
     )
     # A GPU needs more rows than a CPU to be busy.
@@ -80,6 +96,7 @@ def load(files: ModelFiles, wish: LoadWish, pool: PoolWish) -> Loaded:
             block_size=pool.block_size,
             max_step_tokens=tokens + pool.max_num_seqs,
             quantization=wish.quantization,
+            source=weights,
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise NotEnoughMemory(

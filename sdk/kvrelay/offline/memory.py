@@ -1,7 +1,6 @@
 """How many KV blocks the pool gets, and how long a sequence may be with them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvrelay_protocol.errors import NotEnoughMemory, UsageError
@@ -69,11 +68,6 @@ def plan_pool(
             param="kv_cache_memory_bytes",
         )
     return PoolPlan(num_blocks, min(wanted, holds))
-
-
-def weight_bytes(directory: Path) -> int:
-    """Bytes of the checkpoint's weight files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _affordable(wish: PoolWish, *, block_bytes: int, weight_bytes: int, device: str) -> int:

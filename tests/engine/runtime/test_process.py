@@ -127,7 +127,7 @@ def test_every_phase_of_a_start_is_one_line_and_the_limits_are_the_smallest(caps
     engine = start_engine(_config(num_blocks=4), Phases.of_process())
     lines = capsys.readouterr().out.splitlines()
     names = [line.split("  ")[0] for line in lines]
-    assert names == ["python, torch", "check device", "load weights", "warm up"]
+    assert names == ["python, torch", "check device", "load weights", "weights", "warm up"]
     assert engine.max_model_len == 64
     assert engine.allocator.counts.free == 4
     assert engine.kv_layout.model_fingerprint == engine.fingerprint

@@ -369,6 +369,7 @@ async def test_health(client, service):
         "status": "unavailable",
         "phase": "waiting_for_decode_worker",
         "workers": [],
+        "starting": [],
     }
 
 

@@ -16,6 +16,7 @@ from kvrelay_router.requests import actions as act
 from kvrelay_router.requests import events as ev
 from kvrelay_router.requests import machine as m
 from kvrelay_router.requests.types import (
+    ColdStart,
     Failed,
     Finished,
     FinishReason,
@@ -126,6 +127,20 @@ class Requests(RuleBasedStateMachine):
     def no_place(self, parked: bool) -> None:
         if self.find is not None:
             self.feed(ev.NoPlace(self.tick(), 1, None, parked))
+
+    @rule()
+    def start_progress(self) -> None:
+        before = len(self.events)
+        self.feed(ev.StartProgress(self.tick(), ColdStart("decode", "warm_up", 0, 0, None)))
+        assert (len(self.events) > before) == (self.machine.state is m.State.PARKED)
+
+    @rule()
+    def pool_awake(self) -> None:
+        before = self.machine.deadline_at
+        parked = self.machine.state is m.State.PARKED
+        self.feed(ev.PoolAwake(self.tick()))
+        assert self.machine.state is not m.State.PARKED
+        assert (self.machine.deadline_at > before) == parked
 
     @rule(attempt=st.integers(0, 4))
     def timeout(self, attempt: int) -> None:

@@ -4,16 +4,19 @@ Defaults repeat those of `RouterConfig` and `WorkerConfig`; a test holds them eq
 """
 
 from kvrelay.cli.flags import (
+    Bounds,
     Flag,
     addresses,
     api_key,
     boolean,
+    bounds,
     choice,
     device,
     duration,
     existing_file,
     integer,
     names,
+    number,
     size,
     text,
 )
@@ -21,8 +24,10 @@ from kvrelay.cli.flags import (
 MiB = 1024 * 1024
 
 MODEL = (
-    Flag("model", "model folder or hub id; none for the demo model", text, metavar="MODEL"),
-    Flag("--revision", "branch, tag or commit of a hub id", text, group="model", metavar="REV"),
+    Flag("model", "model folder, hub id or s3://bucket/prefix; none for the demo model", text,
+         metavar="MODEL"),
+    Flag("--revision", "branch, tag or commit of a hub id; what a start from S3 calls its model", text,
+         group="model", metavar="REV"),
     Flag(
         "--served-model-name",
         "the name clients use",
@@ -30,7 +35,16 @@ MODEL = (
         group="model",
         metavar="NAME",
     ),
-)
+)  # fmt: skip
+
+WEIGHTS = (
+    Flag("--link-gbps", "the narrowest link to the weights in Gbit/s; 0: as measured",
+         number(0, 100_000), 0.0, "weights", "GBIT/S"),
+    Flag("--fetch-streams", "requests to S3 at once", integer(1, 256), 32, "weights", "N"),
+    Flag("--fetch-part", "the largest request to S3", size(), 16 * MiB, "weights", "SIZE"),
+    Flag("--fetch-window", "weights from S3 that may wait in memory to be packed", size(),
+         1024 * MiB, "weights", "SIZE"),
+)  # fmt: skip
 
 HTTP = (
     Flag("--host", "address to serve HTTP on", text, "127.0.0.1", "http", "HOST"),
@@ -131,10 +145,47 @@ POOLS = (
     Flag("--decode", "decode workers", integer(1, 64), 1, "pools", "N"),
 )
 
+_IDLE = Flag("--idle", "without work for so long a pool goes down to its least", duration(0.1),
+             300.0, "pools", "SECONDS")  # fmt: skip
+ON_DEMAND = (
+    Flag("--min", "workers of each pool that always run; the others start when they are needed. "
+         "None: all always run", integer(0, 64), None, "pools", "N"),
+    _IDLE,
+)  # fmt: skip
+WAKING = (
+    Flag("--wake-timeout", "longest wait for a pool that was at zero", duration(), 300.0,
+         "requests", "SECONDS"),
+)  # fmt: skip
+SCALING = (
+    Flag("--provider", "who starts and stops workers: kubernetes:NAMESPACE/PREFILL,DECODE "
+         "(Deployments), aws:CLUSTER/PREFILL,DECODE (ECS services), local:SOCKET", text, None,
+         "scaling", "KIND:WHERE"),
+    Flag("--scaler-port", "KEDA starts and stops workers, and asks here how many",
+         integer(0, 65535), None, "scaling", "PORT"),
+    Flag("--scale-prefill", "prefill workers, at least and at most", bounds, Bounds(1, 1), "scaling",
+         "MIN:MAX"),
+    Flag("--scale-decode", "decode workers, at least and at most", bounds, Bounds(1, 1), "scaling",
+         "MIN:MAX"),
+    _IDLE,
+)  # fmt: skip
+
 SUPERVISED = Flag(
     "--supervised", "print no address: another process does", boolean, False, "http", switch=True
 )
 
-ROUTER_FLAGS = (*MODEL, *HTTP, SUPERVISED, *JOIN_SERVER, *JOIN_SERVER_TLS, *REQUESTS, *TIMES)
-WORKER_FLAGS = (*MODEL, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
-STACK_FLAGS = (*MODEL, *POOLS, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *TRANSFER, *TIMES)
+ROUTER_FLAGS = (
+    *MODEL,
+    *HTTP,
+    SUPERVISED,
+    *JOIN_SERVER,
+    *JOIN_SERVER_TLS,
+    *REQUESTS,
+    *WAKING,
+    *SCALING,
+    *TIMES,
+)
+WORKER_FLAGS = (*MODEL, *WEIGHTS, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
+STACK_FLAGS = (
+    *MODEL, *WEIGHTS, *POOLS, *ON_DEMAND, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *WAKING, *TRANSFER,
+    *TIMES,
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""From a request that finds no worker to its first token."""

@@ -1,0 +1,165 @@
+"""Run every policy on one load and report."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+from kvrelay_bench.machine import describe_machine
+from kvrelay_bench.plot import require_matplotlib
+from kvrelay_bench.report import Table, write_report
+from kvrelay_bench.serve.traces import read_trace
+from kvrelay_bench.serve.workload import PlannedRequest
+from kvrelay_bench.simulate.charts import draw
+from kvrelay_bench.simulate.fleet import Fleet, read_fleet
+from kvrelay_bench.simulate.loads import LOADS, multiply
+from kvrelay_bench.simulate.oracle import Plan, clairvoyant
+from kvrelay_bench.simulate.outcome import Outcome, summarise_run
+from kvrelay_bench.simulate.policies import AlwaysOn, KeepAlive, Kvrelay, Planned, QueueHpa
+from kvrelay_bench.simulate.simulation import Policy, Run, Simulation
+from kvrelay_protocol.errors import UsageError
+
+_FLEETS = Path(__file__).parent / "fleets"
+
+
+def run_simulate(values: SimpleNamespace) -> int:
+    """The command; 1 where a request was lost."""
+    if values.plot:
+        require_matplotlib()
+    fleet = read_fleet(fleet_path(values.fleet))
+    plans = read_load(values)
+    if values.warmup and values.warmup >= plans[-1].arrival_s:
+        raise UsageError(f"--warmup {values.warmup:g} must end before the last arrival")
+    began = time.perf_counter()
+    runs, plan, policy = simulate(fleet, plans, seed=values.seed)
+    took = time.perf_counter() - began
+    oracle_s = plan.gpu_seconds_from(values.warmup, fleet)
+    rows = [
+        summarise_run(name, run, fleet.slo, oracle_s, warmup_s=values.warmup)
+        for name, run in runs.items()
+    ]
+    _print(fleet, plan, rows, oracle_s=oracle_s, run=runs["kvrelay"], took=took)
+    if values.plot:
+        title = f"{load_name(values)} on {fleet.name}"
+        draw(
+            values.plot,
+            runs["kvrelay"],
+            plan,
+            rows,
+            oracle_s=oracle_s,
+            goal=fleet.slo.attainment,
+            title=title,
+        )
+    arguments = {**vars(values), "trace": load_name(values), "fleet": Path(values.fleet).name}
+    arguments |= {"out": _shown(values.out), "plot": _shown(values.plot)}
+    path = write_report(
+        "simulate",
+        arguments,
+        [asdict(row) for row in rows],
+        describe_machine(),
+        Path(values.out) if values.out else None,
+        details={
+            "fleet": fleet,
+            "oracle": {
+                "gpu_hours": oracle_s / 3600,
+                "gpu_hours_with_warmup": plan.gpu_seconds / 3600,
+                "aggregated": plan.aggregated,
+                "two_pools_gpu_hours_with_warmup": plan.two_pools_gpu_seconds / 3600,
+                "peak_prefill": plan.peak.prefill,
+                "peak_decode": plan.peak.decode,
+            },
+            "reasons": dict(sorted(policy.reasons.items())),
+            "simulated_s": runs["kvrelay"].ended_at,
+        },
+        command="kvrelay simulate",
+    )
+    print(f"\nresult: {path}")
+    return 1 if any(row.lost for row in rows) else 0
+
+
+def simulate(
+    fleet: Fleet, plans: list[PlannedRequest], *, seed: int = 0
+) -> tuple[Mapping[str, Run], Plan, Kvrelay]:
+    """Our policy first, the oracle's plan for what the requests cost in that run, then the others."""
+    config = fleet.scaler()
+    ours = Kvrelay(config)
+    runs = {"kvrelay": Simulation(fleet, ours, seed=seed).run(plans)}
+    plan = clairvoyant(fleet, runs["kvrelay"].requests, runs["kvrelay"].ended_at)
+    lead = (fleet.prefill.start_s, fleet.decode.start_s)
+    others: Mapping[str, Callable[[], Policy]] = {
+        "plan replayed": lambda: Planned(plan.replicas, plan.bin_s, lead),
+        "always on": lambda: AlwaysOn(plan.peak),
+        "queue HPA": lambda: QueueHpa(config),
+        "keep-alive": lambda: KeepAlive(config),
+    }
+    for name, make in others.items():
+        runs[name] = Simulation(fleet, make(), seed=seed).run(plans)
+    return runs, plan, ours
+
+
+def fleet_path(value: str) -> Path:
+    """A file, or the name of a fleet that comes with the package.
+
+    Raises:
+        UsageError: neither.
+    """
+    path = Path(value).expanduser()
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted(_FLEETS.glob("*.yaml"))}
+    if value in shipped:
+        return shipped[value]
+    raise UsageError(f"--fleet {value} is no file, and none of {', '.join(shipped)}")
+
+
+def read_load(values: SimpleNamespace) -> list[PlannedRequest]:
+    """The trace, or the synthetic load of that name.
+
+    Raises:
+        UsageError: neither.
+    """
+    if values.trace in LOADS:
+        plans = LOADS[values.trace](values.seed)[: values.limit]
+    else:
+        path = Path(values.trace).expanduser()
+        if not path.is_file():
+            raise UsageError(f"--trace {values.trace} is no file, and none of {', '.join(LOADS)}")
+        plans = read_trace(path, limit=values.limit)
+    return multiply(plans, values.copies, values.seed) if values.copies > 1 else plans
+
+
+def load_name(values: SimpleNamespace) -> str:
+    return values.trace if values.trace in LOADS else Path(values.trace).name
+
+
+def _shown(value: str | Path | None) -> str | None:
+    """Published results name files, never the folders of whoever made them."""
+    if value is None:
+        return None
+    path = Path(value)
+    return path.name if path.is_absolute() else str(path)
+
+
+def _print(
+    fleet: Fleet, plan: Plan, rows: list[Outcome], *, oracle_s: float, run: Run, took: float
+) -> None:
+    slo = fleet.slo
+    print(
+        f"{fleet.name}: TTFT <= {slo.ttft_s:g} s and TPOT <= {1e3 * slo.tpot_s:g} ms for "
+        f"{slo.attainment:.0%} of {rows[0].requests} requests in {run.ended_at / 3600:.2f} h\n"
+        f"oracle: {oracle_s / 3600:.2f} GPU-hours, at most {plan.peak.prefill} + "
+        f"{plan.peak.decode} replicas{', one pool' if plan.aggregated else ''}\n"
+    )
+    table = Table(
+        ["policy", "GPU-h", "x oracle", "within %", "TTFT p50", "p99", "longest", "TPOT p99",
+         "starts", "met cold", "flaps", "lost"],
+        [
+            [row.policy, row.gpu_hours, row.regret, round(100 * row.attainment, 2), row.ttft_p50_s,
+             row.ttft_p99_s, row.longest_wait_s, row.tpot_p99_s, row.cold_starts,
+             row.met_cold_start, row.flaps, row.lost]
+            for row in rows
+        ],
+    )  # fmt: skip
+    print(table.text())
+    print(f"\nsimulated in {took:.1f} s")
