@@ -21,6 +21,8 @@ from kvrelay_router.scaling.state import (
 )
 
 _HOUR = 3600.0
+_SLOWEST = 0.1
+"""Tokens per second: what measures less has measured something else, and would call for a fleet without end."""
 _SPEED_S = 60.0
 """The speed last measured depends on the prompts it was measured with."""
 _SURPLUS_S = 60.0
@@ -251,7 +253,8 @@ def _start_s(state: FleetState, role: Role, config: ScalerConfig) -> float:
 
 
 def _speed(memory: Memory) -> float | None:
-    return memory.tokens_per_second
+    speed = memory.tokens_per_second
+    return max(speed, _SLOWEST) if speed else None
 
 
 # ---- damping
