@@ -27,6 +27,7 @@ PUBLIC = [
     "BadRequestError",
     "ChatOptions",
     "Client",
+    "ColdStart",
     "CompletionOutput",
     "ConflictError",
     "ContextOverflowError",
@@ -69,6 +70,7 @@ PUBLIC = [
 
 FIELDS = {
     "Queued": ["position", "eta_s"],
+    "ColdStart": ["pool", "phase", "done", "total", "eta_s"],
     "Started": [
         "path",
         "reason",
@@ -227,6 +229,7 @@ def test_options():
         "extra",
         "idempotency_key",
         "timeout",
+        "wait",
     }
 
 
@@ -296,7 +299,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import assert_never, assert_type
 
 from kvrelay import (
-    AsyncClient, Client, Event, Final, Finished, Message, Model, Queued, Resumed, Started,
+    AsyncClient, Client, ColdStart, Event, Final, Finished, Message, Model, Queued, Resumed, Started,
     TextDelta, Timeout, Timings, Tokens, UnknownEvent, Usage,
 )
 
@@ -306,7 +309,7 @@ def sync(client: Client, messages: list[Message]) -> None:
         for event in stream:
             assert_type(event, Event)
             match event:
-                case Queued() | Started() | Resumed() | Usage() | Finished() | UnknownEvent():
+                case Queued() | ColdStart() | Started() | Resumed() | Usage() | Finished() | UnknownEvent():
                     pass
                 case TextDelta(text=text):
                     assert_type(text, str)
