@@ -79,7 +79,7 @@ def _stack(model: str, *, preload: bool) -> Iterator[str]:
     plan = plan_stack(defaults(model=folder, port=0, join_port=0, min=0, idle=_IDLE_S))
     print(describe(plan), flush=True)
     fleet = plan.fleet if preload else replace(plan.fleet, preload="")
-    with LocalStack(fleet, Console(relay=True)) as stack:
+    with LocalStack(fleet, Console(relay=False)) as stack:
         yield stack.base_url
 
 
