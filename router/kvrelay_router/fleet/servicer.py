@@ -86,9 +86,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         """A worker that can't take work yet, until it ends the call."""
         name, message = first.starting.worker_name, first
         try:
-            while (
-                message.starting.worker_name == name
-            ):  # the empty name of another kind ends it too
+            # A message of another kind has no name here, and ends it too.
+            while message.starting.worker_name == name:
                 self._registry.starts(message.starting)
                 following = await _next(requests)
                 if following is None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import StartingWorker
@@ -61,7 +62,7 @@ class Parking:
         return self.on_demand is not None
 
     def demand(self) -> None:
-        """A request found no place, or no longer needs one."""
+        """A request found no place."""
         if self.on_demand is not None:
             self.on_demand()
 
@@ -100,12 +101,11 @@ class Parking:
 
     def under_way(self, now: float) -> list[ColdStart]:
         """For a request that parks now: what the others were told last."""
-        return [self._with_eta(said, Role(pool), now) for pool, said in self._told.items()]
+        return [self._with_eta(said, pool, now) for pool, said in self._told.items()]
 
     def _tell(self, said: ColdStart, pool: Role, now: float) -> ColdStart:
         self._told[pool], self._told_at[pool] = said, now
         return self._with_eta(said, pool, now)
 
     def _with_eta(self, said: ColdStart, pool: Role, now: float) -> ColdStart:
-        eta = self.starts.eta_s(pool, now)
-        return ColdStart(said.pool, said.phase, said.done, said.total, eta)
+        return replace(said, eta_s=self.starts.eta_s(pool, now))

@@ -179,7 +179,7 @@ class RouterService:
 
     def health(self) -> Health:
         views = tuple(_view(link) for link in self._registry.links)
-        awake = any(v.role == Role.DECODE and not v.draining for v in views)
+        awake = self._decoders()
         ready = awake or self.parking.wakes
         if self._draining:
             return Health(ready=False, phase="draining", workers=views)

@@ -191,19 +191,16 @@ class ScalerLoop:
         )
 
     def _pool(self, role: Role, demand: FleetDemand, now: float) -> PoolState:
-        links = [link for link in self._registry.links if link.role is role]
-        ready = sum(not link.draining for link in links)
         return PoolState(
-            ready=ready,
+            ready=self._joined(role),
             pending=tuple(self._missing(role, now)),
-            draining=len(links) - ready,
+            draining=sum(link.role is role and link.draining for link in self._registry.links),
             desired=self._desired[role],
             start_s=demand.start_s.get(role),
         )
 
     def _missing(self, role: Role, now: float) -> list[float]:
-        ready = sum(link.role is role and not link.draining for link in self._registry.links)
-        missing = max(0, self._desired[role] - ready)
+        missing = max(0, self._desired[role] - self._joined(role))
         since = self._missing_since[role]
         del since[: max(0, len(since) - missing)]
         since += [now] * (missing - len(since))
