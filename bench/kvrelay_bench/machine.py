@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from kvrelay_infra.host import read_cores, read_memory
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8",
@@ -57,6 +59,26 @@ def best_limits(probes: Sequence[Limits]) -> Limits:
         max(probe.read_bytes_per_s for probe in probes),
         {dtype: max(probe.gemm_flops[dtype] for probe in probes) for dtype in probes[0].gemm_flops},
     )
+
+
+class StolenTime:
+    """What other guests of a virtual machine's host take while something is measured."""
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def share(self) -> float:
+        """Of the processor time wanted since the beginning, the part that was not given; 0 where unknown."""
+        busy, stolen = (now - then for now, then in zip(self._read(), self._begin, strict=True))
+        return stolen / (busy + stolen) if busy + stolen else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        times = psutil.cpu_times()
+        # user and nice hold guest and guest_nice already
+        used = times.user + times.system + getattr(times, "nice", 0.0)
+        used += getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
+        return used, getattr(times, "steal", 0.0)
 
 
 @dataclass(frozen=True, slots=True)

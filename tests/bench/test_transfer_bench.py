@@ -109,7 +109,7 @@ def test_shares_are_of_medians_and_absent_where_nothing_was_measured():
     made = results(send=[1.0, 3.0, 2.0], plain=[4.0], memcpy=[8.0, 16.0])
     assert made.share(64 * KIB, "send", "plain") == 0.5
     assert made.share(64 * KIB, "send", "perftest") is None
-    assert share_table(made).rows == [["64 KiB", "50%", None, "17%"]]
+    assert share_table(made).rows == [["64 KiB", None, "50%", None, "17%"]]
     assert "tcp/lo" in describe(made)
 
 
@@ -140,7 +140,7 @@ def test_a_run_between_real_processes_hands_over_exact_blocks(tmp_path, capsys):
     assert asked["kv_bytes"] - 48 * 2 * 2 * 16 * 2 * 2 in range(160, 4096)
     assert asked["kv_exposed_ms"] >= 0 < asked["ttft_ms"]
     (row,) = report["rows"]
-    assert set(row["gb_per_s"]) == {"memcpy", "gather", "scatter", "send", "plain"}
+    assert set(row["gb_per_s"]) == {"memcpy", "gather", "scatter", "send", "asleep", "plain"}
     assert all(rate > 0 for rate in row["gb_per_s"].values())
     assert set(row["framing_us"]) == {"seal_us", "open_us"}
     assert all(us > 0 for us in row["framing_us"].values())
@@ -166,6 +166,7 @@ def scripted(monkeypatch, *endings):
         made.transport = "tcp/lo"
         made.latency_us.append(1.0)
         made.plain_latency_us.append(1.0)
+        made.stolen.append(0.0)
         for size in made.rates:
             for name in ("memcpy", "send"):
                 made.add(name, size, 2.0)

@@ -76,7 +76,8 @@ def test_a_request_waits_hears_of_the_start_and_is_answered(server):
     assert kinds.index(Started) < kinds.index(TextDelta) < kinds.index(Finished)
     starts = [event for event in events if isinstance(event, ColdStart)]
     assert (starts[0].pool, starts[0].phase) == ("decode", "requested")
-    assert {"load_weights", "warm_up", "start_transport"} & {start.phase for start in starts}
+    # Which of its phases are seen depends on how fast they pass.
+    assert {start.phase for start in starts} - {"requested"}, "the worker itself said nothing"
 
 
 def test_100_waiting_requests_cause_one_start_and_all_are_answered(server):

@@ -270,7 +270,8 @@ class UcxTransport(KVTransport):
         """Cancel a send and return when UCX does not read its buffer any more."""
         self.stats.cancelled += 1
         sending.stopped = sending.stopped or TransferCancelled("the sender cancelled")
-        self._pump(remote, sending)
+        if not sending.outcome.done():  # else the peer or this transport ended it in the same turn
+            self._pump(remote, sending)
         await self._confirm(sending.outcome, remote)
         # The caller is told of its own cancel; what became of the message does not matter to it.
         if not sending.outcome.cancelled():

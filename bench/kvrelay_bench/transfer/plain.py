@@ -1,13 +1,15 @@
 """UCX without anything of ours: tag messages through ucxx's own API, between two processes.
 
-`python -m kvrelay_bench.transfer.plain` reads `{"sizes": [...], "config": {...}}` and prints
-`{"gb_per_s": {size: rate}, "latency_us": ...}`. Both processes poll, the next message is posted while
-one is under way, and the receives are posted before: the pattern of `kvrelay_transfer.probe`, so the
-difference is framing, event loop and flow control.
+`python -m kvrelay_bench.transfer.plain` reads `{"sizes": [...], "config": {...}, "sleeps": false}` and
+prints `{"gb_per_s": {size: rate}, "latency_us": ...}`. The next message is posted while one is under
+way, and the receives are posted before: the pattern of `kvrelay_transfer.probe`. Both processes poll,
+as UCX's own benchmark does, or sleep while nothing happens, as a worker must that shares its cores: then
+the difference to our transport is framing, event loop and flow control alone.
 """
 
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ _PING, _PONG, _DATA, _ACK = 1, 2, 3, 4
 _PINGS, _WARM_PINGS, _PING_BYTES = 200, 20, 4096
 _ROUNDS = 3
 _LIMIT_S = 150.0
+_LONGEST_SLEEP_S = 0.2
 
 
 class _Posted(NamedTuple):
@@ -34,9 +37,9 @@ class _Posted(NamedTuple):
 
 
 class _Plain:
-    """A worker, an endpoint, and waiting by polling."""
+    """A worker, an endpoint, and waiting by polling or asleep."""
 
-    def __init__(self, config: dict[str, str]) -> None:
+    def __init__(self, config: dict[str, str], *, sleeps: bool) -> None:
         api = load_ucx()
         from ucxx._lib.arr import Array
         from ucxx.types import Tag
@@ -46,6 +49,11 @@ class _Plain:
         self._context = api.UCXContext(config, (api.Feature.TAG, api.Feature.WAKEUP))
         self._worker = api.UCXWorker(self._context, False, False)
         self._endpoint: Any = None
+        self._asleep: select.epoll | None = None
+        if sleeps:
+            self._worker.init_blocking_progress_mode()
+            self._asleep = select.epoll()
+            self._asleep.register(self._worker.epoll_file_descriptor, select.EPOLLIN)
         self._deadline = time.monotonic() + _LIMIT_S
 
     @property
@@ -80,9 +88,12 @@ class _Plain:
             self._poll()
 
     def _poll(self) -> None:
-        # Where nothing moves, the other process may be waiting for this core.
-        if not self._worker.progress_once():
-            os.sched_yield()
+        if self._worker.progress_once():
+            return
+        if self._asleep is None:
+            os.sched_yield()  # the other process may be waiting for this core
+        elif self._worker.arm():
+            self._asleep.poll(_LONGEST_SLEEP_S)
 
 
 def _ask(plain: _Plain, sizes: Sequence[int]) -> dict[str, Any]:
@@ -138,7 +149,7 @@ def _touched(size: int) -> memoryview:
 
 
 def _parent(order: dict[str, Any]) -> None:
-    plain = _Plain(order["config"])
+    plain = _Plain(order["config"], sleeps=order["sleeps"])
     command = [sys.executable, "-m", "kvrelay_bench.transfer.plain", "--child"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -162,7 +173,7 @@ def _end_with_parent() -> None:
 def _child() -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    plain = _Plain(order["config"])
+    plain = _Plain(order["config"], sleeps=order["sleeps"])
     plain.connect(bytes.fromhex(order["peer"]))
     print(json.dumps({"address": plain.address.hex()}), flush=True)
     _answer(plain, order["sizes"])

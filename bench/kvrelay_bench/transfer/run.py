@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from kvrelay.cli.units import format_size
-from kvrelay_bench.machine import describe_machine
+from kvrelay_bench.machine import StolenTime, describe_machine
 from kvrelay_bench.report import Table, percentile, write_report
 from kvrelay_bench.transfer.perftest import find_perftest, run_perftest
 from kvrelay_bench.transfer.pieces import piece_of
@@ -30,10 +30,13 @@ _LABELS = {
     "memcpy": "memcpy, one way",
     "gather": "gather + digest",
     "send": "send (ours)",
-    "plain": "send (plain ucxx)",
+    "asleep": "send (ucxx, asleep)",
+    "plain": "send (ucxx, polling)",
     "perftest": "send (ucx_perftest)",
     "scatter": "scatter + digest",
 }
+_REFERENCES = ("asleep", "plain", "perftest", "memcpy")
+"""What else could move the bytes of our send."""
 
 
 @dataclass(slots=True)
@@ -52,6 +55,8 @@ class Results:
     """Whole hand-overs by the prompt's tokens."""
     stack: list[dict[str, Any]] = field(default_factory=list)
     """Requests to a whole stack: see `measure_stack`."""
+    stolen: list[float] = field(default_factory=list)
+    """The share of the processor time that the machine's host did not give."""
     rounds: int = 0
     failures: list[str] = field(default_factory=list)
     """One for each round that is left out."""
@@ -152,9 +157,11 @@ def _round(
 ) -> None:
     """Everything once; added to the results only when all of it is there."""
     sizes = list(results.rates)
+    stolen = StolenTime()
     apart = {size: stages.measure(size) for size in sizes}
     ours = probe(values.transport, sizes, _PROCESS_LIMIT_S)
-    plain = _run_json("plain", {"sizes": sizes, "config": config})
+    plain = _run_json("plain", {"sizes": sizes, "config": config, "sleeps": False})
+    asleep = _run_json("plain", {"sizes": sizes, "config": config, "sleeps": True})
     binary = None if values.skip_perftest else find_perftest()
     perftest = run_perftest(binary, sizes, config) if binary else {}
     whole = _run_json("handover", {
@@ -163,6 +170,7 @@ def _round(
         "staging_bytes": HEADER_SIZE + values.staging,
         "staging_buffers": values.staging_buffers,
     })  # fmt: skip
+    results.stolen.append(stolen.share())
     results.transport = ours.transport
     results.latency_us.append(ours.latency_us)
     results.plain_latency_us.append(plain["latency_us"])
@@ -174,6 +182,7 @@ def _round(
             found_us.append(getattr(apart[size], name))
         results.add("send", size, ours.gb_per_s[size])
         results.add("plain", size, plain["gb_per_s"][str(size)])
+        results.add("asleep", size, asleep["gb_per_s"][str(size)])
         if size in perftest:
             results.add("perftest", size, perftest[size])
     for found in whole["prompts"]:
@@ -205,8 +214,10 @@ def _run_json(module: str, order: dict[str, Any]) -> dict[str, Any]:
 def _line(results: Results) -> str:
     largest = max(results.rates)
     last = {name: found[-1] for name, found in results.rates[largest].items()}
-    parts = [f"{name} {last[name]:.2f}" for name in ("send", "plain", "perftest") if name in last]
-    return f"GB/s at {format_size(largest)}: {', '.join(parts)}; {results.transport}"
+    shown = ("send", *_REFERENCES[:-1])
+    parts = [f"{name} {last[name]:.2f}" for name in shown if name in last]
+    stolen = f"{results.stolen[-1]:.0%} of the processors stolen"
+    return f"GB/s at {format_size(largest)}: {', '.join(parts)}; {results.transport}; {stolen}"
 
 
 def describe(results: Results) -> str:
@@ -215,6 +226,7 @@ def describe(results: Results) -> str:
     return "\n".join(
         [
             f"UCX chose {results.transport}; medians of {results.rounds} rounds, GB/s = 10^9 bytes/s",
+            f"of the processors the machine's host kept up to {max(results.stolen, default=0.0):.0%}",
             f"4 KiB one way: {latency:.0f} us, plain ucxx {plain:.0f} us",
             "",
             rate_table(results).text(),
@@ -257,12 +269,13 @@ def share_table(results: Results) -> Table:
             format_size(size),
             *(
                 None if (part := results.share(size, "send", of)) is None else f"{part:.0%}"
-                for of in ("plain", "perftest", "memcpy")
+                for of in _REFERENCES
             ),
         ]
         for size in results.rates
     ]
-    return Table(("our send as a share of", "plain ucxx", "ucx_perftest", "memcpy"), rows)
+    names = (_LABELS[of].removeprefix("send ").strip("()") for of in _REFERENCES)
+    return Table(("our send as a share of", *names), rows)
 
 
 def prompt_table(results: Results) -> Table:
@@ -315,15 +328,14 @@ def write(values: SimpleNamespace, results: Results, out: Path | None) -> Path:
             "framing_us": {
                 name: percentile(us, 50) for name, us in results.framing_us.get(size, {}).items()
             },
-            "send_share_of": {
-                of: results.share(size, "send", of) for of in ("plain", "perftest", "memcpy")
-            },
+            "send_share_of": {of: results.share(size, "send", of) for of in _REFERENCES},
         }
         for size, found in results.rates.items()
     ]
     details = {
         "transport": results.transport,
         "rounds": results.rounds,
+        "stolen": results.stolen,
         "failures": results.failures,
         "latency_us": results.latency_us,
         "plain_latency_us": results.plain_latency_us,
