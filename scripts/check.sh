@@ -29,9 +29,12 @@ section "ruff format" $bin/ruff format --check .
 section "mypy" $bin/mypy
 section "import rules" $bin/lint-imports
 if [ "${1:-all}" = all ]; then
-    # PYTEST_ARGS is split into words on purpose.
+    # Two processes: much of the time is spent waiting. A file stays in one of them, for what its tests
+    # share; a process that dies fails the run at once.
+    shared="-n ${KVRELAY_TEST_PROCESSES:-2} --dist loadfile --no-loadscope-reorder --max-worker-restart=0"
+    # Both are split into words on purpose.
     # shellcheck disable=SC2086
-    section "pytest" $bin/python -m pytest ${PYTEST_ARGS:-}
+    section "pytest" $bin/python -m pytest $shared ${PYTEST_ARGS:-}
 fi
 
 printf '\n=== summary\n%s' "$summary"

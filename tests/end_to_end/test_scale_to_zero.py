@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import re
+import signal
+import threading
 
 import httpx
 import openai
@@ -16,6 +18,7 @@ from kvrelay import (
     Client,
     ColdStart,
     Finished,
+    KvrelayClientError,
     Queued,
     ServiceUnavailableError,
     Started,
@@ -132,3 +135,33 @@ def test_a_worker_killed_while_it_starts_is_started_again(server):
             return (await asking).text
 
     assert asyncio.run(ask()) == expected()
+
+
+def test_sigterm_while_a_request_waits_gives_it_its_answer_or_its_reason():
+    flags = ("--served-model-name", MODEL, "--kv-memory", "16MiB", "--dtype", "float32")
+    with running_server(tiny_model("llama3"), "--min", "0", *flags) as server:
+        heard: list[object] = []
+        refused: list[KvrelayClientError] = []
+
+        def ask() -> None:
+            with (
+                Client(base_url=server.url) as client,
+                client.stream(QUESTION, **OPTIONS) as stream,
+            ):
+                try:
+                    heard.extend(stream)  # one by one, as they come
+                except KvrelayClientError as error:
+                    refused.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        server.wait(lambda: any(isinstance(event, Queued) for event in list(heard)))
+        server.process.send_signal(signal.SIGTERM)
+        asking.join(100)
+        assert server.process.wait(100) == 0, server.log.read_text()
+    assert not asking.is_alive()
+    text = "".join(event.text for event in heard if isinstance(event, TextDelta))
+    if any(isinstance(event, Finished) for event in heard):
+        assert text == expected()
+    else:
+        assert (text, [error.code for error in refused]) == ("", ["draining"])
