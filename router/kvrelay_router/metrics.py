@@ -234,7 +234,13 @@ class RouterMetrics:
 
     def fleet(self, links: tuple[WorkerLink, ...]) -> None:
         """Count the joined workers."""
-        tally = Tally((k.role.value, "draining" if k.draining else "ready") for k in links)
+        tally = Tally((k.role.value, _state(k)) for k in links)
         for role in ("prefill", "decode"):
-            for state in ("ready", "draining"):
+            for state in ("ready", "asleep", "draining"):
                 self.workers.labels(role, state).set(tally[role, state])
+
+
+def _state(link: WorkerLink) -> str:
+    if link.draining:
+        return "draining"
+    return "ready" if link.awake else "asleep"

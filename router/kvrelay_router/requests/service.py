@@ -132,7 +132,7 @@ class RouterService:
         self._block_size = 16
         """Of the last decode worker."""
         self._context_limit: int | None = None
-        """What the last decode workers held: one that wakes up holds as much."""
+        """What the last decode workers held: one that is started holds as much."""
         self._draining = False
         self._pump_scheduled = False
         self._generated = 0
@@ -212,9 +212,21 @@ class RouterService:
     def worker_joined(self, link: WorkerLink) -> None:
         self._metrics.worker_loads(link)
         self._metrics.fleet(self._registry.links)
+        if link.awake:
+            self._can_work(link, woken=False)
+        elif not self.parking.wakes:
+            self._registry.wake(link)  # it sleeps by the order of a router that scales; this one does not
+
+    def worker_rests(self, link: WorkerLink) -> None:
+        self._metrics.fleet(self._registry.links)
+        if link.awake:
+            self._can_work(link, woken=True)
+
+    def _can_work(self, link: WorkerLink, *, woken: bool) -> None:
+        """A worker has joined, or woken up."""
         # Who came for a request that went on without it gets its idle time all the same.
         self._busy_at = self._prompt_at = now = self._clock()
-        self.parking.joined(link.role, now)
+        self.parking.joined(link.role, now, woken=woken)
         if link.role is Role.DECODE:
             self._block_size = link.block_size
             self._unpark()
@@ -246,15 +258,16 @@ class RouterService:
             idle_s=now - self._busy_at,
             prompts_idle_s=now - self._prompt_at,
             start_s=self.parking.starts.took_s,
+            wake_s=self.parking.wakings.took_s,
         )
 
-    def start_requested(self, pool: Role) -> None:
-        """Workers of a pool that had none were asked for."""
+    def start_requested(self, pool: Role, *, wake: bool) -> None:
+        """Workers of a pool that had none awake were asked for."""
         now = self._clock()
         parked = [f.received_at for f in self._line if f.machine.state is m.State.PARKED]
         if parked:
             self._metrics.queue_to_wake.observe(now - min(parked))
-        self._tell_parked(events.StartProgress(now, self.parking.requested(pool, now)))
+        self._tell_parked(events.StartProgress(now, self.parking.requested(pool, now, wake=wake)))
 
     def scaled(self, pool: Role, replicas: int, reason: str) -> None:
         """The provider took a new number of workers."""
@@ -274,6 +287,8 @@ class RouterService:
                 self._feed(flight, event)
         if link.role is Role.DECODE and not self._decoders():
             self._park()
+        if not link.awake:
+            self.parking.demand()  # it may have been kept for nobody, or been on its way to somebody
 
     def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         now = self._clock()
@@ -494,7 +509,8 @@ class RouterService:
         return events.NoPlace(self._clock(), position, eta, parked=parked)
 
     def _decoders(self) -> bool:
-        return any(k.role is Role.DECODE and not k.draining for k in self._registry.links)
+        links = self._registry.links
+        return any(k.role is Role.DECODE and k.awake and not k.draining for k in links)
 
     def _wait_for_place(self, flight: _Flight, wait_s: float) -> None:
         if flight.place_timer is not None:
@@ -645,4 +661,5 @@ def _view(link: WorkerLink) -> WorkerView:
         free_blocks=load.free_blocks,
         cached_blocks=load.cached_blocks,
         draining=link.draining,
+        asleep=not link.awake,
     )

@@ -188,6 +188,8 @@ class WorkerView:
     free_blocks: int
     cached_blocks: int
     draining: bool
+    asleep: bool = False
+    """Or on its way there or back: it is given no work now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,15 @@ def read_scaling(values: SimpleNamespace) -> "Scaling | None":
     from kvrelay_router.requests.placement import Role
     from kvrelay_router.scaling.loop import Scaling
 
+    kind, _, where = (values.provider or "").partition(":")
+    if values.sleep and kind != "local":
+        raise UsageError(
+            f"--sleep {values.sleep:g} needs --provider local:SOCKET: elsewhere whoever runs a worker keeps "
+            "its device for it, asleep or not"
+        )
     config = _config(values)
     if values.scaler_port is not None:
         return Scaling(config, AskedTargets(), None)
-    kind, _, where = values.provider.partition(":")
     if kind == "local" and where:
         from kvrelay_infra.scale_socket import SocketProvider
 
@@ -51,6 +56,7 @@ def _config(values: SimpleNamespace) -> "ScalerConfig":
             low,
             high,
             idle_s=values.idle,
+            sleep_s=values.sleep,
             # Who lets the last worker go after so long does not hold on to the others for longer.
             stabilisation_s=min(values.idle, PoolConfig().stabilisation_s),
             cooldown_s=min(values.idle, PoolConfig().cooldown_s),

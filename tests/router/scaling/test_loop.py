@@ -47,7 +47,7 @@ class Recorder:
         if self.failing:
             raise DownProvider
 
-    def start_requested(self, pool: Role) -> None:
+    def start_requested(self, pool: Role, *, wake: bool) -> None:
         self.requested.append(pool)
 
     def scaled(self, pool: Role, replicas: int, reason: str) -> None:
