@@ -55,6 +55,8 @@ class ModelRunner:
         self.pool = pool
         self.device = pool.device
         self.asleep = False
+        self._weights_move = pool.device.type != "cpu"
+        """When it sleeps: off the device."""
         self._capacity = max(max_step_tokens, pool.block_size)
         self._forward: ForwardPass | None = self._record()
 
@@ -73,7 +75,7 @@ class ModelRunner:
         """
         if self.asleep:
             return
-        if self.device.type != "cpu":
+        if self._weights_move:
             host = copied_weights(self.decoder.weights, pinned)
             self.decoder = Decoder(self.config, host)
             self._forward = None  # graphs and activations
@@ -91,7 +93,7 @@ class ModelRunner:
         if not self.asleep:
             return
         self.pool.restore()
-        if self.device.type != "cpu":
+        if self._weights_move:
             self.decoder = Decoder(
                 self.config,
                 copied_weights(

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_router.fleet.slumber import Rest
 from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.requests.types import FinishReason, Path, PathKind, RequestStats
 
@@ -241,6 +242,6 @@ class RouterMetrics:
 
 
 def _state(link: WorkerLink) -> str:
-    if link.draining:
+    if link.draining or link.slumber.rest is Rest.RETIRING:
         return "draining"
     return "ready" if link.awake else "asleep"

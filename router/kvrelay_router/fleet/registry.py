@@ -13,6 +13,7 @@ from kvrelay_protocol.errors import InvalidRequest, LayoutMismatch, Unauthorized
 from kvrelay_protocol.incoming import MessageMissing
 from kvrelay_protocol.versions import JOIN_VERSION
 from kvrelay_router.config import RouterConfig
+from kvrelay_router.fleet.slumber import Rest
 from kvrelay_router.fleet.worker_link import WorkerLink, role_of
 from kvrelay_router.requests.placement import Role, WorkerState
 
@@ -183,18 +184,23 @@ class WorkerRegistry:
             )
 
     def sleep(self, link: WorkerLink) -> None:
-        """Have a worker sleep; it stays awake if it has work, and says so."""
-        self._order(link, link.slumber.sleep())
+        """Give a worker no more work, and have it sleep as soon as it has none: call it again until then.
+
+        One that has work all the same, of another router say, stays awake and says so.
+        """
+        before = link.slumber.rest
+        link.slumber.retire()
+        self._order(link, before, None if link.attempts else link.slumber.sleep())
 
     def wake(self, link: WorkerLink) -> None:
         """Have a worker that sleeps, or is about to, take work again."""
-        self._order(link, link.slumber.wake())
+        before = link.slumber.rest
+        self._order(link, before, link.slumber.wake())
 
-    def _order(self, link: WorkerLink, order: pb.RouterMessage | None) -> None:
-        if order is None:
-            return
-        self.send(link.name, order)
-        if self.listener:
+    def _order(self, link: WorkerLink, before: Rest, order: pb.RouterMessage | None) -> None:
+        if order is not None:
+            self.send(link.name, order)
+        if self.listener and link.slumber.rest is not before:
             self.listener.worker_rests(link)
 
     def written(self, link: WorkerLink, message: pb.WorkerMessage) -> None:

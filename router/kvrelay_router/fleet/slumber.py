@@ -1,11 +1,12 @@
 """Whether a joined worker is awake, as far as the router knows.
 
 ```
-            sleep()                told: asleep
-   AWAKE ───────────► FALLING ────────────────────► ASLEEP
-     ▲ ▲                 │ told: awake (it had work)    │ wake(), from FALLING too
-     │ └─────────────────┘                              ▼
-     └──────────────────── told: awake ─────────────── WAKING
+           retire()               sleep()               told: asleep
+   AWAKE ───────────► RETIRING ───────────► FALLING ────────────────► ASLEEP
+    ▲ ▲ ▲    wake()      │                     │ told: awake              │ wake(), from FALLING too
+    │ │ └────────────────┘                     │ (it had work)            ▼
+    │ └────────────────────────────────────────┘                       WAKING
+    └──────────────────────────── told: awake ────────────────────────────┘
 ```
 """
 
@@ -18,6 +19,8 @@ class Rest(StrEnum):
     """Of one worker. Only one that is awake is given work."""
 
     AWAKE = "awake"
+    RETIRING = "retiring"
+    """It finishes what it has, and sleeps then. It was told nothing yet."""
     FALLING = "falling asleep"
     ASLEEP = "asleep"
     WAKING = "waking"
@@ -34,6 +37,11 @@ class Slumber:
     def awake(self) -> bool:
         return self.rest is Rest.AWAKE
 
+    def retire(self) -> None:
+        """It gets no more work."""
+        if self.rest is Rest.AWAKE:
+            self.rest = Rest.RETIRING
+
     def sleep(self) -> pb.RouterMessage | None:
         """What to send to a worker that shall sleep; None where that is no change."""
         if self.rest in {Rest.FALLING, Rest.ASLEEP}:
@@ -43,7 +51,9 @@ class Slumber:
         return pb.RouterMessage(sleep=pb.Sleep(order=self._order))
 
     def wake(self) -> pb.RouterMessage | None:
-        """What to send to a worker that shall work; None where that is no change."""
+        """What to send to a worker that shall work; None where it needs no word."""
+        if self.rest is Rest.RETIRING:
+            self.rest = Rest.AWAKE
         if self.rest in {Rest.AWAKE, Rest.WAKING}:
             return None
         self.rest = Rest.WAKING
@@ -54,5 +64,7 @@ class Slumber:
         """The worker says what it does. Returns whether that was news."""
         if state.order != self._order:
             return False  # said before the last order came to it
+        if self.rest is Rest.RETIRING and not state.asleep:
+            return False
         before, self.rest = self.rest, Rest.ASLEEP if state.asleep else Rest.AWAKE
         return before is not self.rest

@@ -16,6 +16,7 @@ from kvrelay_protocol.errors import Draining, KvrelayError, WorkerLost
 from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import StartingWorker, WorkerRegistry
+from kvrelay_router.fleet.slumber import Rest
 from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.metrics import RouterMetrics
 from kvrelay_router.requests import actions, events
@@ -660,6 +661,6 @@ def _view(link: WorkerLink) -> WorkerView:
         total_blocks=load.total_blocks,
         free_blocks=load.free_blocks,
         cached_blocks=load.cached_blocks,
-        draining=link.draining,
-        asleep=not link.awake,
+        draining=link.draining or link.slumber.rest is Rest.RETIRING,
+        asleep=link.slumber.rest in {Rest.FALLING, Rest.ASLEEP, Rest.WAKING},
     )

@@ -189,7 +189,7 @@ class WorkerView:
     cached_blocks: int
     draining: bool
     asleep: bool = False
-    """Or on its way there or back: it is given no work now."""
+    """Or on its way there or back: it is given no work now. One that finishes what it has is `draining`."""
 
 
 @dataclass(frozen=True, slots=True)

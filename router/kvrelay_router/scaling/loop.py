@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvrelay_router.fleet.registry import WorkerRegistry
+from kvrelay_router.fleet.slumber import Rest
 from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.requests.demand import FleetDemand
 from kvrelay_router.requests.placement import Role
@@ -216,7 +217,10 @@ class ScalerLoop:
             ready=self._joined(role),
             asleep=asleep,
             pending=tuple(self._missing(role, now)),
-            draining=sum(link.role is role and link.draining for link in self._registry.links),
+            draining=sum(
+                link.role is role and (link.draining or link.slumber.rest is Rest.RETIRING)
+                for link in self._registry.links
+            ),
             desired=self._desired[role],
             kept=self._kept[role],
             # The next one wakes up, where one sleeps.

@@ -8,9 +8,10 @@ from kvrelay_router.fleet.worker_link import WorkerLink
 
 
 def rest(registry: WorkerRegistry, links: Sequence[WorkerLink], wanted: int, kept: int) -> bool:
-    """Tell workers of one pool to sleep or to wake up, as far as they don't do so already.
+    """Have the first `wanted` workers of a pool by name serve, and the `kept` ones behind them sleep.
 
-    A worker that has work stays awake whatever it is told: it is told again with the next decision.
+    By name, since a provider that is told to run fewer ends the last. Whoever is neither is its to end.
+    Idempotent: with the next decision a worker is told again that had work.
 
     Args:
         registry: theirs.
@@ -19,20 +20,13 @@ def rest(registry: WorkerRegistry, links: Sequence[WorkerLink], wanted: int, kep
         kept: how many shall sleep besides.
 
     Returns:
-        Whether one wakes up now.
+        Whether one that slept wakes up now.
     """
-    if wanted == 0:
-        for link in links if kept else ():
-            if link.awake and not link.attempts:
-                registry.sleep(link)
-        return False
-    on_their_way = sum(k.slumber.rest in {Rest.AWAKE, Rest.WAKING} for k in links)
-    # The first by name: a provider that lets some go keeps those.
-    sleepers = sorted(
-        (k for k in links if k.slumber.rest in {Rest.FALLING, Rest.ASLEEP}),
-        key=lambda link: (len(link.name), link.name),
-    )
-    woken = sleepers[: max(0, wanted - on_their_way)]
-    for link in woken:
+    ordered = sorted(links, key=lambda link: (len(link.name), link.name))
+    woken = False
+    for link in ordered[:wanted]:
+        woken = woken or link.slumber.rest in {Rest.FALLING, Rest.ASLEEP}
         registry.wake(link)
-    return bool(woken)
+    for link in ordered[wanted : wanted + kept]:
+        registry.sleep(link)
+    return woken

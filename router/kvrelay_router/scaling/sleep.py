@@ -9,11 +9,10 @@ from kvrelay_router.scaling.state import PoolMemory, PoolState
 def kept_asleep(
     pool: PoolState, target: int, now: float, config: PoolConfig, mine: PoolMemory
 ) -> tuple[int, PoolMemory]:
-    """Processes to keep besides the `target` that serve.
+    """Processes to keep besides the `target` that serve: those that served, or sleep already.
 
     ```
-    those asleep, and at target 0 those that are ready, as long as
-    target + kept <= ready + asleep        a scale-up wakes them first
+    target + kept <= ready + asleep           a scale-up wakes them first
     target + kept <= desired + kept before    no process is started, or taken back, to sleep
     ```
     The time counts from when the first one sleeps, and anew from every change of the target: that was
@@ -26,9 +25,8 @@ def kept_asleep(
         config: of the pool.
         mine: the pool's memory, with the target of the decision before.
     """
-    candidates = pool.asleep + (pool.ready if target == 0 else 0)
     processes = min(pool.ready + pool.asleep, pool.desired + pool.kept)
-    kept = max(0, min(candidates, processes - target))
+    kept = max(0, processes - target)
     if not kept or not config.sleep_s:
         return 0, replace(mine, asleep_since=None)
     since = mine.asleep_since

@@ -16,11 +16,13 @@ class PoolState:
     ready: int = 0
     """Joined, awake, and not draining."""
     asleep: int = 0
-    """Joined and not awake: asleep, or on the way there or back. They cost no device."""
+    """Joined and not awake: asleep, or on the way there or back."""
     pending: tuple[float, ...] = ()
     """When each replica that has not joined or woken up yet was asked for, oldest first."""
     draining: int = 0
-    """On their way out: they cost, but take nothing new, and are not part of `desired`."""
+    """On their way out, or finishing what they have before they sleep: they cost, but take nothing new, and are
+    not part of `desired`.
+    """
     desired: int = 0
     """What the provider was last told, by whomever, less those kept asleep: after a restart it is read there."""
     kept: int = 0
