@@ -162,5 +162,14 @@ def table(found: dict[tuple[str, str], list[ColdStart]]) -> Table:
         rows.append(
             (model, how, first.median, first.p99, wake.median, wake.p99, stolen, first.count)
         )
-    header = ("model", "worker", "first token s", "p99 s", "queue to wake ms", "p99 ms", "stolen", "n")
+    header = (
+        "model",
+        "worker",
+        "first token s",
+        "p99 s",
+        "queue to wake ms",
+        "p99 ms",
+        "stolen",
+        "n",
+    )
     return Table(header, rows)

@@ -122,7 +122,9 @@ class Sleeper:
         self.engine.allocator.clear()
         try:
             self.engine.runner.sleep()
-        except RuntimeError as error:  # no memory in the host: to be awake is better than to be gone
+        except (
+            RuntimeError
+        ) as error:  # no memory in the host: to be awake is better than to be gone
             log.warning("can't sleep: %s", error)
             return False
         return True

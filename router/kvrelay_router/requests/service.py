@@ -28,6 +28,7 @@ from kvrelay_router.requests.placement import Demand, Role, blocks_needed, place
 from kvrelay_router.requests.stream import EventStream
 from kvrelay_router.requests.tracing import RequestTrace
 from kvrelay_router.requests.types import (
+    ColdStart,
     Failed,
     Finished,
     Health,
@@ -216,7 +217,9 @@ class RouterService:
         if link.awake:
             self._can_work(link, woken=False)
         elif not self.parking.wakes:
-            self._registry.wake(link)  # it sleeps by the order of a router that scales; this one does not
+            self._registry.wake(
+                link
+            )  # it sleeps by the order of a router that scales; this one does not
 
     def worker_rests(self, link: WorkerLink) -> None:
         self._metrics.fleet(self._registry.links)
@@ -440,6 +443,8 @@ class RouterService:
         # The client comes first: a defect in the book-keeping below must not cost it the event.
         flight.stream.put(event)
         match event:
+            case ColdStart(phase=phase):
+                flight.trace.cold_start(phase)
             case Started(cached_tokens):
                 prompt = len(flight.request.prompt_tokens)
                 self._meter.computed(at, prompt=prompt, cached=cached_tokens)

@@ -213,6 +213,7 @@ class ScalerLoop:
 
     def _pool(self, role: Role, demand: FleetDemand, now: float) -> PoolState:
         asleep = self._asleep(role)
+        start_s = demand.start_s.get(role)
         return PoolState(
             ready=self._joined(role),
             asleep=asleep,
@@ -224,7 +225,7 @@ class ScalerLoop:
             desired=self._desired[role],
             kept=self._kept[role],
             # The next one wakes up, where one sleeps.
-            start_s=(demand.wake_s if asleep else demand.start_s).get(role),
+            start_s=demand.wake_s.get(role, start_s) if asleep else start_s,
         )
 
     def _missing(self, role: Role, now: float) -> list[float]:

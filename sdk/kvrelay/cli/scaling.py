@@ -17,9 +17,15 @@ def read_scaling(values: SimpleNamespace) -> "Scaling | None":
     """How many workers there may be, and who starts them; None where nobody does.
 
     Raises:
-        UsageError: no such provider, two of them, or bounds that serve nothing.
+        UsageError: no such provider, two of them, one whose workers can't sleep, or bounds that serve nothing.
         ProviderError: the platform can't be reached from here.
     """
+    kind, _, where = (values.provider or "").partition(":")
+    if values.sleep and kind != "local":
+        raise UsageError(
+            f"--sleep {values.sleep:g} needs --provider local:SOCKET: elsewhere whoever runs a worker keeps "
+            "its device for it, asleep or not"
+        )
     if values.provider is None and values.scaler_port is None:
         return None
     if values.provider is not None and values.scaler_port is not None:
@@ -31,12 +37,6 @@ def read_scaling(values: SimpleNamespace) -> "Scaling | None":
     from kvrelay_router.requests.placement import Role
     from kvrelay_router.scaling.loop import Scaling
 
-    kind, _, where = (values.provider or "").partition(":")
-    if values.sleep and kind != "local":
-        raise UsageError(
-            f"--sleep {values.sleep:g} needs --provider local:SOCKET: elsewhere whoever runs a worker keeps "
-            "its device for it, asleep or not"
-        )
     config = _config(values)
     if values.scaler_port is not None:
         return Scaling(config, AskedTargets(), None)

@@ -1,7 +1,6 @@
 """A worker that is told to sleep: when it does, when it does not, and that no work is ever lost to it."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 

@@ -12,7 +12,6 @@ from kvrelay_protocol.sampling import SamplingParams
 from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.requests.core import RouterCore
-from kvrelay_router.scaling.loop import Scaling
 from kvrelay_router.requests.types import (
     Failed,
     Finished,
@@ -21,6 +20,7 @@ from kvrelay_router.requests.types import (
     Tokens,
     ValidRequest,
 )
+from kvrelay_router.scaling.loop import Scaling
 
 CONFIG = RouterConfig(
     model_dir=FilePath("unused"),

@@ -48,6 +48,8 @@ async def test_a_request_wakes_the_worker_that_sleeps_and_hears_of_it(rig) -> No
     assert worker.kinds()[0] == "wake"
     assert rig.told == []
     assert rig.metric("queue_to_wake_seconds_count") == 1
+    (queue,) = [span for span in rig.spans.get_finished_spans() if span.name == "queue"]
+    assert queue.attributes == {"kvrelay.cold_start": "wake"}
 
 
 async def test_however_many_wait_one_is_woken_and_once(rig) -> None:
