@@ -26,7 +26,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo "$$p"; break; }; done)
 endif
 
-.PHONY: help demo test infra-test lint gpu demo-model proto clean distclean
+.PHONY: help demo test infra-test lint gpu demo-model proto constraints clean distclean
 
 help:
 	@echo 'make demo        start router, prefill and decode worker here and ask the demo model'
@@ -36,6 +36,7 @@ help:
 	@echo 'make gpu         tests and benchmark on an NVIDIA GPU, results in docs/results'
 	@echo 'make demo-model  train the embedded demo model again (CPU, under 45 minutes on 2 cores)'
 	@echo 'make proto       generate the protocol stubs from the .proto files'
+	@echo 'make constraints pin what the environment holds, after its tests have passed'
 	@echo 'make clean       remove caches and build products; distclean removes .venv too'
 
 demo: $(VENV)/.installed-all
@@ -61,6 +62,9 @@ proto: $(VENV)/.installed-dev
 		--grpc_python_out=protocol protocol/kvrelay_protocol/fleet.proto \
 		protocol/kvrelay_protocol/externalscaler.proto
 
+constraints: $(VENV)/.installed-dev
+	@$(BIN)/python scripts/constraints.py > constraints.txt.new && mv constraints.txt.new constraints.txt
+
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -79,13 +83,13 @@ $(VENV)/.installed-torch: $(VENV)/.created
 		scripts/setup.sh torch
 	@touch $@
 
-$(VENV)/.installed-all: pyproject.toml $(VENV)/.installed-torch
+$(VENV)/.installed-all: pyproject.toml constraints.txt $(VENV)/.installed-torch
 	@echo 'packages: kvrelay[all] (minutes the first time)'
-	@$(BIN)/python -m pip install --quiet --editable '.[all]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	@touch $@
 
 # dev contains all: a later `make demo` has nothing to do.
-$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-torch
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.installed-torch
 	@echo 'packages: kvrelay[dev] (minutes the first time)'
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $(VENV)/.installed-all $@

@@ -59,7 +59,7 @@ async def test_a_parked_request_outlives_its_deadline_and_runs_when_a_worker_is_
     # Longer than it may run, and longer than it may queue.
     await asyncio.sleep(0.5)
     assert waker.asked == 1
-    flight = next(iter(rig.core.service._line))
+    flight = rig.core.service._placing.waiting[0]
     before = flight.machine.deadline_at
     await rig.join("d0", "decode")
     events = await collect(stream)
@@ -162,12 +162,12 @@ async def test_what_waits_in_line_parks_when_the_last_decode_worker_goes(make_ri
     streams = [rig.submit(request_id=f"r{n}") for n in range(40)]
     await asyncio.sleep(0)
     service = rig.core.service
-    queued = len(service._line)
+    queued = len(service._placing.waiting)
     assert queued
     before = waker.asked
     dying.die()
     await dying.until(lambda: not rig.core.registry.links)
-    parked = [f for f in service._line if f.machine.state.value == "parked"]
+    parked = list(service._placing.parked)
     assert len(parked) == queued
     assert waker.asked > before
     assert all(flight.deadline.cancelled() for flight in parked)

@@ -295,7 +295,7 @@ async def test_nobody_comes_within_the_queue_timeout(make_rig) -> None:
     error = error_of(await collect(rig.submit()))
     assert isinstance(error, errors.NoCapacity)
     assert error.retry_after_s >= 1
-    assert rig.core.service._line.check_room(rig.core.service._rate) is None
+    assert rig.core.service._placing.check_room() is None
 
 
 async def test_a_full_worker_leaves_the_rest_in_line_until_it_reports_room(make_rig) -> None:

@@ -350,7 +350,7 @@ class World:
             self._run_dry()
         for worker in self.workers.values():
             worker.check_idle()
-        assert not self.core.service._by_sequence
+        assert not self.core.service._placing.running
 
     def _quiet(self) -> bool:
         open_sequences = any(worker.worker.open_sequences for worker in self.workers.values())
