@@ -81,7 +81,7 @@ def test_a_cached_prefix_is_gone_with_its_memory_and_the_answer_is_the_same(serv
 
     assert again() == 0
     server.wait(again)  # as a rule the first time, unless it falls asleep in between
-    server.wait(lambda: asleep(server))
+    server.wait(lambda: asleep(server) and not server.workers()[0]["cached_blocks"])
     assert again() == 0
     assert {answer.text for answer in answers} == {expected(LONG)}
     assert worker_pid(server) == sleeper
