@@ -122,7 +122,7 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         state.decode, afforded.decode, now, config.decode, decode_memory
     )
     return Decision(
-        replace(afforded, prefill_asleep=prefill_asleep, decode_asleep=decode_asleep),
+        Targets(afforded.prefill, afforded.decode, prefill_asleep, decode_asleep),
         replace(
             memory,
             prefill=replace(prefill_memory, target=afforded.prefill),

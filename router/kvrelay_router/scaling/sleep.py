@@ -26,11 +26,10 @@ def kept_asleep(
         mine: the pool's memory, with the target of the decision before.
     """
     processes = min(pool.ready + pool.asleep, pool.desired + pool.kept)
-    kept = max(0, processes - target)
-    if not kept or not config.sleep_s:
-        return 0, replace(mine, asleep_since=None)
+    kept = max(0, processes - target) if config.sleep_s else 0
     since = mine.asleep_since
+    if not kept:
+        return 0, mine if since is None else replace(mine, asleep_since=None)
     if since is None or target != mine.target:
-        since = now
-    mine = replace(mine, asleep_since=since)
+        return kept, replace(mine, asleep_since=now)
     return (kept if now - since < config.sleep_s else 0), mine
