@@ -19,6 +19,7 @@ from kvrelay_engine.cache.pool import KVPool
 from kvrelay_engine.models.config import ModelConfig
 from kvrelay_engine.models.decoder import Decoder, PackedTokens
 from kvrelay_engine.models.forward import ForwardPass
+from kvrelay_engine.models.placement import copied_weights, pinned
 from kvrelay_engine.sampler.sampler import (
     PreparedSampling,
     prepare_sampling,
@@ -53,7 +54,54 @@ class ModelRunner:
         self.decoder = decoder
         self.pool = pool
         self.device = pool.device
-        self._forward = ForwardPass(decoder, pool.tensor, max(max_step_tokens, pool.block_size))
+        self.asleep = False
+        self._weights_move = pool.device.type != "cpu"
+        """When it sleeps: off the device."""
+        self._capacity = max(max_step_tokens, pool.block_size)
+        self._forward: ForwardPass | None = self._record()
+
+    def _record(self) -> ForwardPass:
+        return ForwardPass(self.decoder, self.pool.tensor, self._capacity)
+
+    def sleep(self) -> None:
+        """Give back the device's memory and the pool's. No block may be owned; what they held is lost.
+
+        On a device the weights move to page-locked host memory (torch rounds each tensor up to a power of two
+        there), and recorded steps and activations go. On a CPU the weights stay, and with them the
+        recording, since the pool keeps its address. Idempotent.
+
+        Raises:
+            RuntimeError: the host has no memory for the weights; the model is as it was.
+        """
+        if self.asleep:
+            return
+        if self._weights_move:
+            host = copied_weights(self.decoder.weights, pinned)
+            self.decoder = Decoder(self.config, host)
+            self._forward = None  # graphs and activations
+        self.pool.release()
+        self.asleep = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """The inverse of `sleep`, with an empty pool; steps are as before, bit by bit. Idempotent.
+
+        Raises:
+            torch.OutOfMemoryError: somebody else has the device's memory by now.
+        """
+        if not self.asleep:
+            return
+        self.pool.restore()
+        if self._weights_move:
+            self.decoder = Decoder(
+                self.config,
+                copied_weights(
+                    self.decoder.weights, lambda held: held.to(self.device, non_blocking=True)
+                ),
+            )
+            self._forward = self._record()
+        self.asleep = False
 
     @torch.inference_mode()
     def step(
@@ -72,7 +120,10 @@ class ModelRunner:
 
         Raises:
             ValueError: a slice is empty, or a token, position or block is out of range.
+            RuntimeError: the model sleeps.
         """
+        if self.asleep or self._forward is None:
+            raise RuntimeError("a model that sleeps computes nothing: wake it first")
         prepared = self.prepare(batch)
         groups = _LayerGroups(layers_done, group_layers, self.config.num_layers)
         kv_written = None if layers_done is None else groups.kv_written

@@ -34,7 +34,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "heartbeat", "step_output", "sequence_started", "sequence_failed", "lease_granted", "kv_sent", "kv_received", "kv_missing", "drained", "batch", "starting", "number")
+    __slots__ = ("hello", "heartbeat", "step_output", "sequence_started", "sequence_failed", "lease_granted", "kv_sent", "kv_received", "kv_missing", "drained", "batch", "starting", "sleep_state", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     STEP_OUTPUT_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class WorkerMessage(_message.Message):
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     STARTING_FIELD_NUMBER: _ClassVar[int]
+    SLEEP_STATE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
@@ -60,8 +61,9 @@ class WorkerMessage(_message.Message):
     drained: Drained
     batch: WorkerBatch
     starting: Starting
+    sleep_state: SleepState
     number: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., sequence_started: _Optional[_Union[SequenceStarted, _Mapping]] = ..., sequence_failed: _Optional[_Union[SequenceFailed, _Mapping]] = ..., lease_granted: _Optional[_Union[LeaseGranted, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., kv_received: _Optional[_Union[KvReceived, _Mapping]] = ..., kv_missing: _Optional[_Union[KvMissing, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., batch: _Optional[_Union[WorkerBatch, _Mapping]] = ..., starting: _Optional[_Union[Starting, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., sequence_started: _Optional[_Union[SequenceStarted, _Mapping]] = ..., sequence_failed: _Optional[_Union[SequenceFailed, _Mapping]] = ..., lease_granted: _Optional[_Union[LeaseGranted, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., kv_received: _Optional[_Union[KvReceived, _Mapping]] = ..., kv_missing: _Optional[_Union[KvMissing, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., batch: _Optional[_Union[WorkerBatch, _Mapping]] = ..., starting: _Optional[_Union[Starting, _Mapping]] = ..., sleep_state: _Optional[_Union[SleepState, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class WorkerBatch(_message.Message):
     __slots__ = ("messages",)
@@ -92,7 +94,7 @@ class Starting(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., worker_name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., join_token: _Optional[str] = ..., phase: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., elapsed_seconds: _Optional[float] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "worker_name", "incarnation", "role", "model", "kv_layout", "transport", "transport_address", "max_model_len", "device", "load", "join_token")
+    __slots__ = ("protocol_version", "software_version", "worker_name", "incarnation", "role", "model", "kv_layout", "transport", "transport_address", "max_model_len", "device", "load", "join_token", "asleep")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +108,7 @@ class Hello(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ASLEEP_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     worker_name: str
@@ -119,7 +122,8 @@ class Hello(_message.Message):
     device: str
     load: Load
     join_token: str
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join_token: _Optional[str] = ...) -> None: ...
+    asleep: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join_token: _Optional[str] = ..., asleep: _Optional[bool] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("model_fingerprint", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "protocol_version", "tensor_parallel", "tensor_rank")
@@ -311,8 +315,16 @@ class Drained(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class SleepState(_message.Message):
+    __slots__ = ("asleep", "order")
+    ASLEEP_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    asleep: bool
+    order: int
+    def __init__(self, asleep: _Optional[bool] = ..., order: _Optional[int] = ...) -> None: ...
+
 class RouterMessage(_message.Message):
-    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "all_sent", "number")
+    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "all_sent", "sleep", "wake", "number")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +337,8 @@ class RouterMessage(_message.Message):
     BATCH_FIELD_NUMBER: _ClassVar[int]
     PULSE_FIELD_NUMBER: _ClassVar[int]
     ALL_SENT_FIELD_NUMBER: _ClassVar[int]
+    SLEEP_FIELD_NUMBER: _ClassVar[int]
+    WAKE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
@@ -338,8 +352,10 @@ class RouterMessage(_message.Message):
     batch: RouterBatch
     pulse: Pulse
     all_sent: AllSent
+    sleep: Sleep
+    wake: Wake
     number: int
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., all_sent: _Optional[_Union[AllSent, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., all_sent: _Optional[_Union[AllSent, _Mapping]] = ..., sleep: _Optional[_Union[Sleep, _Mapping]] = ..., wake: _Optional[_Union[Wake, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class RouterBatch(_message.Message):
     __slots__ = ("messages",)
@@ -458,6 +474,18 @@ class Pulse(_message.Message):
     live: _containers.RepeatedScalarFieldContainer[int]
     stalled: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, live: _Optional[_Iterable[int]] = ..., stalled: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Sleep(_message.Message):
+    __slots__ = ("order",)
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    order: int
+    def __init__(self, order: _Optional[int] = ...) -> None: ...
+
+class Wake(_message.Message):
+    __slots__ = ("order",)
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    order: int
+    def __init__(self, order: _Optional[int] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("grace_seconds",)

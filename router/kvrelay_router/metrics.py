@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kvrelay_protocol import fleet_pb2 as pb
+from kvrelay_router.fleet.slumber import Rest
 from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.requests.types import FinishReason, Path, PathKind, RequestStats
 
@@ -234,7 +235,13 @@ class RouterMetrics:
 
     def fleet(self, links: tuple[WorkerLink, ...]) -> None:
         """Count the joined workers."""
-        tally = Tally((k.role.value, "draining" if k.draining else "ready") for k in links)
+        tally = Tally((k.role.value, _state(k)) for k in links)
         for role in ("prefill", "decode"):
-            for state in ("ready", "draining"):
+            for state in ("ready", "asleep", "draining"):
                 self.workers.labels(role, state).set(tally[role, state])
+
+
+def _state(link: WorkerLink) -> str:
+    if link.draining or link.slumber.rest is Rest.RETIRING:
+        return "draining"
+    return "ready" if link.awake else "asleep"

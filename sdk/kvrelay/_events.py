@@ -15,13 +15,13 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class ColdStart:
-    """No worker was up: one starts, and the request waits for it."""
+    """No worker was up: one starts or wakes up, and the request waits for it."""
 
     pool: str
     """`prefill` or `decode`."""
     phase: str
-    """`requested`, then what the worker does: `import`, `check_device`, `load_weights`, `warm_up`,
-    `start_transport`."""
+    """`wake` where one that sleeps wakes up; else `requested`, then what the worker does: `import`, `check_device`,
+    `load_weights`, `warm_up`, `start_transport`."""
     done: int = 0
     """Bytes of the phase, where it counts them."""
     total: int = 0

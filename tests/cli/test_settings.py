@@ -245,3 +245,34 @@ def test_more_that_always_run_than_there_are_is_one_line(pool):
     with pytest.raises(UsageError) as caught:
         on_demand(resolve(STACK_FLAGS, given, environ={}))
     assert caught.value.message == f"--min 2 is above --{pool} 1; lower it or raise that"
+
+
+@pytest.mark.parametrize("given", [{}, {"min": "1"}])
+def test_a_pool_that_is_never_at_zero_does_not_sleep(given):
+    from kvrelay.cli.stack import on_demand
+
+    with pytest.raises(UsageError) as caught:
+        on_demand(resolve(STACK_FLAGS, given | {"sleep": "10m"}, environ={}))
+    unless = " and not --min 1" if given else ""
+    assert caught.value.message == (
+        f"--sleep 600 needs --min 0{unless}: a pool sleeps where it would be at zero"
+    )
+
+
+def test_workers_of_this_machine_sleep_for_as_long_as_is_said():
+    from kvrelay.cli.scaling import read_scaling
+
+    scaling = read_scaling(
+        resolve(ROUTER_FLAGS, {"provider": "local:x", "sleep": "5m"}, environ={})
+    )
+    assert (scaling.config.prefill.sleep_s, scaling.config.decode.sleep_s) == (300.0, 300.0)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"provider": "kubernetes:llm/prefill,decode"}, {"scaler_port": "9090"}]
+)
+def test_workers_of_others_do_not_sleep(given):
+    from kvrelay.cli.scaling import read_scaling
+
+    with pytest.raises(UsageError, match=r"^--sleep 300 needs --provider local:SOCKET"):
+        read_scaling(resolve(ROUTER_FLAGS, given | {"sleep": "5m"}, environ={}))

@@ -73,3 +73,21 @@ def test_half_precision_steps_give_every_sequence_a_token(dtype):
     prompts = [clear_case(tiny_model("qwen3"), length, NEW_TOKENS)[0] for length in LENGTHS]
     tokens = answers(load("qwen3", "cuda", dtype), prompts, NEW_TOKENS, chunk=48)
     assert [len(row) for row in tokens] == [NEW_TOKENS] * len(LENGTHS)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_sleep_frees_the_device_and_waking_changes_no_token(quantization):
+    torch.cuda.empty_cache()
+    nothing = torch.cuda.memory_allocated()
+    runner = load_engine(
+        tiny_model("llama3"), device="cuda", dtype="float32", num_blocks=320, block_size=BLOCK,
+        max_step_tokens=64, quantization=quantization,
+    )  # fmt: skip
+    prompts = [clear_case(tiny_model("llama3"), length, NEW_TOKENS)[0] for length in LENGTHS]
+    before = answers(runner, prompts, NEW_TOKENS, chunk=48)
+    awake = torch.cuda.memory_allocated()
+    runner.sleep()
+    # Work areas of the vendor's library are not the model's.
+    assert torch.cuda.memory_allocated() - nothing < (awake - nothing) / 2
+    runner.wake()
+    assert answers(runner, prompts, NEW_TOKENS, chunk=48) == before

@@ -80,6 +80,8 @@ class Script:
     pause_at_index: int | None = None
     """Stop for good just before the token of this output index: the moment for `die`."""
     obey_cancel: bool = True
+    obey_rest: bool = True
+    """Sleep when it is told to and nothing is open; wake up."""
     forget: int = 0
     """Take this many sequences and know nothing of them from then on."""
 
@@ -240,10 +242,16 @@ class FakeWorker:
                 self._queue(self._resends, resend.sequence_id).put_nowait(tuple(resend.messages))
             case "release_kv":
                 self._end(message.release_kv.sequence_id)
+            case "sleep" | "wake" as kind if self.script.obey_rest:
+                self._rest(kind == "sleep", getattr(message, kind).order)
             case "cancel" if self.script.obey_cancel:
                 self._end(message.cancel.sequence_id)
             case _:
                 pass
+
+    def _rest(self, asleep: bool, order: int) -> None:
+        state = pb.SleepState(asleep=asleep and not self.open, order=order)
+        self.send(pb.WorkerMessage(sleep_state=state))
 
     def _begin(self, sequence: pb.Sequence, work: Callable[[pb.Sequence], object]) -> None:
         if self.script.forget:

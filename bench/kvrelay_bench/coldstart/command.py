@@ -23,7 +23,7 @@ def parse_models(value: str) -> tuple[str, ...]:
 
 COMMAND = Command(
     "coldstart",
-    "A request to pools at zero: until somebody is called, until the first token.",
+    "A request to pools at zero or asleep: until somebody is called, until the first token.",
     (
         Flag("--models", "demo, and random-weight sizes: tiny, 135m, 0.5b", parse_models,
              ("demo", "0.5b"), "what", "LIST"),

@@ -175,6 +175,14 @@ class BlockAllocator:
                 self._state[block] = BlockState.CACHED
                 self._cached[block] = None
 
+    def clear(self) -> None:
+        """Forget every cached block, and what it held: all that nobody uses is free."""
+        for block in self._cached:
+            self._unindex(block)
+            self._state[block] = BlockState.FREE
+        self._free.extend(self._cached)
+        self._cached.clear()
+
     def check_integrity(self) -> None:
         """Every block in exactly one state, counts and index in agreement.
 
@@ -219,12 +227,16 @@ class BlockAllocator:
             block = self._free.popleft()
         else:
             block, _ = self._cached.popitem(last=False)
-            evicted = self._hash[block]
-            assert evicted is not None  # noqa: S101 - CACHED implies a hash
-            del self._by_hash[evicted]
-            self._hash[block] = None
+            self._unindex(block)
         self._references[block] = 1
         self._state[block] = state
         if state is BlockState.LEASED:
             self._leased += 1
         return block
+
+    def _unindex(self, block: int) -> None:
+        """Nobody finds what a cached block holds any more."""
+        known = self._hash[block]
+        assert known is not None  # noqa: S101 - CACHED implies a hash
+        del self._by_hash[known]
+        self._hash[block] = None

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
+from kvrelay_engine.cache.memory import HostMemory
 from kvrelay_engine.cache.sizing import kv_bytes_per_block
 from kvrelay_engine.models.config import ModelConfig
 from kvrelay_kernels.kv_gather import (
@@ -46,13 +46,49 @@ class KVPool:
         self.heads = range(config.num_kv_heads) if heads is None else heads
         whole = kv_bytes_per_block(config, block_size, dtype.itemsize)
         self.bytes_per_block = whole // config.num_kv_heads * len(self.heads)
-        # Zeros, so that whole blocks put on the wire never carry what the memory held before.
-        self.tensor = _zeros(
-            (config.num_layers, 2, num_blocks, block_size, len(self.heads), config.head_dim),
-            dtype,
-            device,
+        self._shape = (
+            config.num_layers,
+            2,
+            num_blocks,
+            block_size,
+            len(self.heads),
+            config.head_dim,
         )
+        on_host = device.type == "cpu"
+        self._memory = HostMemory(math.prod(self._shape) * dtype.itemsize) if on_host else None
+        # Zeros, so that whole blocks put on the wire never carry what the memory held before.
+        self.tensor = self._zeros()
         """`[num_layers, 2, num_blocks, block_size, heads, head_dim]`; keys first."""
+
+    @property
+    def nbytes(self) -> int:
+        """What the pool takes when all of it has been used."""
+        return self.bytes_per_block * self.num_blocks
+
+    def release(self) -> None:
+        """Give the memory back to the system or to the device; what blocks held is lost. Nobody may own one.
+
+        On a CPU the tensor stays where it is and reads as zeros: recorded steps point there. On a device
+        there is none until `restore`.
+        """
+        if self._memory is not None:
+            self._memory.release()
+        else:
+            self.tensor = self.tensor.new_empty(0)
+
+    def restore(self) -> None:
+        """After `release`: a pool of zeros again.
+
+        Raises:
+            torch.OutOfMemoryError: somebody else has the device's memory by now.
+        """
+        if self._memory is None:
+            self.tensor = self._zeros()
+
+    def _zeros(self) -> torch.Tensor:
+        if self._memory is None:
+            return torch.zeros(self._shape, dtype=self.dtype, device=self.device)
+        return self._memory.tensor.view(self.dtype).view(self._shape)
 
     def wire_bytes(self, first_layer: int, end_layer: int, num_blocks: int) -> int:
         """Size of the wire layout of `num_blocks` blocks of the layers `[first_layer, end_layer)`."""
@@ -295,17 +331,6 @@ def _view(
 def _check_distinct(blocks: Sequence[int]) -> None:
     if len(set(blocks)) != len(blocks):
         raise ValueError("a block is named twice")
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU memory that the system zeroes when a block is first used: a pool costs nothing to make."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return (
-        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
-        .view(dtype)
-        .view(shape)
-    )
 
 
 def _writable(payload: memoryview | torch.Tensor) -> memoryview | torch.Tensor:

@@ -15,6 +15,7 @@ from kvrelay_engine.runtime.config import WorkerConfig
 from kvrelay_engine.runtime.join import JoinFaults, JoinLink
 from kvrelay_engine.runtime.join_tls import join_tls
 from kvrelay_engine.runtime.messages import load_message
+from kvrelay_engine.runtime.sleep import WORK, Sleeper
 from kvrelay_engine.runtime.startup import Engine, Phases
 from kvrelay_engine.runtime.step_loop import Scheduler, StepLoop
 from kvrelay_protocol import fleet_pb2 as pb
@@ -104,6 +105,7 @@ class WorkerHost:
     """By session: what its next heartbeat has to say."""
     _faults: JoinFaults = field(default_factory=JoinFaults)
     _loop: StepLoop | None = None
+    _sleeper: Sleeper | None = None
 
     def post(self, command: Callable[[], None]) -> None:
         """Run a command on the engine thread between two steps."""
@@ -143,6 +145,14 @@ class WorkerHost:
             running.call_soon_threadsafe(worker.events, events)
 
         loop = self._loop = StepLoop(scheduler, step, on_events=deliver, on_failure=fail)
+        self._sleeper = Sleeper(
+            self.engine,
+            scheduler.load,
+            busy=lambda: worker.open_sequences > 0,
+            post=self.post,
+            send=self.send,
+            say=self.phases.line,
+        )
         self._links = tuple(
             JoinLink(
                 router,
@@ -222,24 +232,33 @@ class WorkerHost:
             device=self.config.device,
             load=self._load(),
             join_token=self.config.join_token,
+            asleep=self._sleeper is not None and self._sleeper.asleep,
         )
 
     def heartbeat(self, session: int) -> pb.Heartbeat:
         return pb.Heartbeat(load=self._load(), unknown=self._unknown.pop(session, ()))
 
     def handle(self, message: pb.RouterMessage, session: int) -> None:
-        assert self._worker is not None and self._shutdown is not None  # noqa: S101, PT018 - as above
+        assert self._worker and self._shutdown and self._sleeper  # noqa: S101, PT018 - as above
         match message.WhichOneof("message"):
             case "drain":
                 self._shutdown.set()
+            case "sleep":
+                self._sleeper.sleep(session, message.sleep.order)
+            case "wake":
+                self._sleeper.wake(session, message.wake.order)
             case "pulse":
                 self._unknown[session] = self._worker.pulse(message.pulse, session)
-            case _:
+            case kind:
+                if kind in WORK:
+                    self._sleeper.rouse()
                 self._worker.handle(message, session)
 
     def disconnected(self, session: int) -> None:
         self._by_session.pop(session, None)
         self._unknown.pop(session, None)
+        if self._sleeper is not None:
+            self._sleeper.left(session)
         if self._worker is not None:
             self._worker.drop(session, "the router is gone")
 
@@ -261,6 +280,8 @@ class WorkerHost:
         )
         self._joined_before.add(link.router)
         self.phases.line(f"joined {link.router} {after}")
+        if self._sleeper is not None:
+            self._sleeper.joined(link.session)
         if self._shutdown is not None and self._shutdown.is_set():
             # To a router that started while this worker drains.
             link.send(pb.WorkerMessage(drained=pb.Drained()))

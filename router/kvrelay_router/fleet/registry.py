@@ -13,6 +13,7 @@ from kvrelay_protocol.errors import InvalidRequest, LayoutMismatch, Unauthorized
 from kvrelay_protocol.incoming import MessageMissing
 from kvrelay_protocol.versions import JOIN_VERSION
 from kvrelay_router.config import RouterConfig
+from kvrelay_router.fleet.slumber import Rest
 from kvrelay_router.fleet.worker_link import WorkerLink, role_of
 from kvrelay_router.requests.placement import Role, WorkerState
 
@@ -67,6 +68,9 @@ class FleetListener(Protocol):
     def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         """Anything but hello; a heartbeat's load is in `link.load` already."""
 
+    def worker_rests(self, link: WorkerLink) -> None:
+        """A worker falls asleep, sleeps, wakes up or is awake again: see `link.slumber`."""
+
     def message_repeated(self, link: WorkerLink) -> None:
         """A message came twice, and was dropped."""
 
@@ -100,8 +104,9 @@ class WorkerRegistry:
         return self._links.get(name)
 
     def states(self) -> list[WorkerState]:
+        """Of the workers that are awake: the others have no load and take none."""
         quiet_since = self._clock() - self.quiet_limit_s
-        return [link.state(quiet_since=quiet_since) for link in self._links.values()]
+        return [k.state(quiet_since=quiet_since) for k in self._links.values() if k.awake]
 
     @property
     def starting(self) -> tuple[StartingWorker, ...]:
@@ -178,6 +183,26 @@ class WorkerRegistry:
                 "it does not read its messages",
             )
 
+    def sleep(self, link: WorkerLink) -> None:
+        """Give a worker no more work, and have it sleep as soon as it has none: call it again until then.
+
+        One that has work all the same, of another router say, stays awake and says so.
+        """
+        before = link.slumber.rest
+        link.slumber.retire()
+        self._order(link, before, None if link.attempts else link.slumber.sleep())
+
+    def wake(self, link: WorkerLink) -> None:
+        """Have a worker that sleeps, or is about to, take work again."""
+        before = link.slumber.rest
+        self._order(link, before, link.slumber.wake())
+
+    def _order(self, link: WorkerLink, before: Rest, order: pb.RouterMessage | None) -> None:
+        if order is not None:
+            self.send(link.name, order)
+        if self.listener and link.slumber.rest is not before:
+            self.listener.worker_rests(link)
+
     def written(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         """What a joined worker wrote: one message or a batch, numbered.
 
@@ -203,6 +228,10 @@ class WorkerRegistry:
             link.report(message.heartbeat.load, now=link.last_seen)
         elif kind == "drained":
             link.draining = True
+        elif kind == "sleep_state":
+            if link.slumber.told(message.sleep_state) and self.listener:
+                self.listener.worker_rests(link)
+            return
         if self.listener:
             self.listener.worker_message(link, message)
 

@@ -6,6 +6,7 @@ import math
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.incoming import Incoming
 from kvrelay_protocol.outgoing import Outgoing
+from kvrelay_router.fleet.slumber import Slumber
 from kvrelay_router.requests.placement import Role, WorkerState, blocks_needed
 
 OUTGOING_LIMIT = 4096
@@ -82,6 +83,7 @@ class WorkerLink:
         self.device = hello.device
         self.load = hello.load
         self.draining = False
+        self.slumber = Slumber(asleep=hello.asleep)
         self.last_seen = now
         self.progress_at = now
         """When it last reported to have computed prompt tokens, or to have none to compute."""
@@ -93,6 +95,11 @@ class WorkerLink:
         """Resolved, with the reason, by the registry alone."""
         self.overflowed = False
         self._outgoing = Outgoing(pb.RouterMessage, OUTGOING_LIMIT)
+
+    @property
+    def awake(self) -> bool:
+        """It can be given work, or could if it were not draining."""
+        return self.slumber.awake
 
     def send(self, message: pb.RouterMessage) -> bool:
         """Put a message in line; never waits.

@@ -28,3 +28,5 @@ class FleetDemand:
     """Since the last request that had no token yet; 0 while there is one."""
     start_s: Mapping[Role, float] = field(default_factory=dict)
     """How long a pool's last start took."""
+    wake_s: Mapping[Role, float] = field(default_factory=dict)
+    """How long its last waking took, of a worker that slept."""

@@ -13,6 +13,9 @@ from kvrelay_router.requests.types import ColdStart, ValidRequest
 TELL_EVERY_S = 0.2
 """Between two words about one phase of one pool's start."""
 REQUESTED = "requested"
+"""A process was asked for."""
+WAKE = "wake"
+"""A worker that sleeps was told to wake up."""
 
 
 class StartClock:
@@ -31,6 +34,14 @@ class StartClock:
         began = self._began.pop(pool, None)
         if began is not None:
             self._took_s[pool] = at - began
+
+    def abandoned(self, pool: Role) -> None:
+        """What is under way does not end, or is not measured."""
+        self._began.pop(pool, None)
+
+    def under_way(self, pool: Role) -> bool:
+        """Whether one has begun and not ended."""
+        return pool in self._began
 
     @property
     def took_s(self) -> Mapping[Role, float]:
@@ -53,6 +64,8 @@ class Parking:
         """Somebody who starts workers; None where nobody does. Told of every request that finds no place."""
         self._config = config
         self.starts = StartClock()
+        self.wakings = StartClock()
+        """The same of workers that slept."""
         self._told: dict[Role, ColdStart] = {}
         self._told_at: dict[Role, float] = {}
 
@@ -76,27 +89,31 @@ class Parking:
 
     def retry_after_s(self, now: float) -> float:
         """When a decode worker may be there, within the bounds of every other such answer."""
-        eta = self.starts.eta_s(Role.DECODE, now)
+        eta = self._clock(Role.DECODE).eta_s(Role.DECODE, now)
         return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(eta or 0.0)))
 
-    def requested(self, pool: Role, now: float) -> ColdStart:
-        """Workers of the pool were asked for."""
-        self.starts.began(pool, now)
-        return self._tell(ColdStart(pool.value, REQUESTED, 0, 0, None), pool, now)
+    def requested(self, pool: Role, now: float, *, wake: bool = False) -> ColdStart:
+        """Workers of the pool were asked for: processes, or that one wakes up."""
+        (self.wakings if wake else self.starts).began(pool, now)
+        phase = WAKE if wake else REQUESTED
+        return self._tell(ColdStart(pool.value, phase, 0, 0, None), pool, now)
 
     def progress(self, worker: StartingWorker, now: float) -> ColdStart | None:
         """What to tell of a worker that starts; None while that was said a moment ago."""
         pool, last = worker.role, self._told.get(worker.role)
         self.starts.began(pool, now - worker.elapsed_s)
+        self.wakings.abandoned(pool)  # whoever was to wake up is gone
         fresh = last is None or last.phase != worker.phase
         if not fresh and now - self._told_at[pool] < TELL_EVERY_S:
             return None
         said = ColdStart(pool.value, worker.phase, worker.done, worker.total, None)
         return self._tell(said, pool, now)
 
-    def joined(self, pool: Role, now: float) -> None:
-        """A worker of the pool is there."""
-        self.starts.ended(pool, now)
+    def joined(self, pool: Role, now: float, *, woken: bool = False) -> None:
+        """A worker of the pool is there: it has joined, or woken up."""
+        ended, other = (self.wakings, self.starts) if woken else (self.starts, self.wakings)
+        ended.ended(pool, now)
+        other.abandoned(pool)
         self._told.pop(pool, None)
 
     def under_way(self, now: float) -> list[ColdStart]:
@@ -108,4 +125,8 @@ class Parking:
         return self._with_eta(said, pool, now)
 
     def _with_eta(self, said: ColdStart, pool: Role, now: float) -> ColdStart:
-        return replace(said, eta_s=self.starts.eta_s(pool, now))
+        return replace(said, eta_s=self._clock(pool).eta_s(pool, now))
+
+    def _clock(self, pool: Role) -> StartClock:
+        """What is under way: a start, unless one that sleeps was told to wake up."""
+        return self.wakings if self.wakings.under_way(pool) else self.starts

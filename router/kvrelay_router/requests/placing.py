@@ -58,8 +58,9 @@ class Placing:
 
     @property
     def awake(self) -> bool:
-        """Whether a decode worker is there."""
-        return any(k.role is Role.DECODE and not k.draining for k in self._registry.links)
+        """Whether a decode worker is there that takes work."""
+        links = self._registry.links
+        return any(k.role is Role.DECODE and k.awake and not k.draining for k in links)
 
     def check_room(self) -> None:
         """Raises: QueueFull: the line is as long as it may be."""

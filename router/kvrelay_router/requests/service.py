@@ -15,6 +15,7 @@ from kvrelay_protocol.errors import Draining, KvrelayError, WorkerLost
 from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import StartingWorker, WorkerRegistry
+from kvrelay_router.fleet.slumber import Rest
 from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.metrics import RouterMetrics
 from kvrelay_router.requests import actions, events
@@ -27,6 +28,7 @@ from kvrelay_router.requests.placing import Placing
 from kvrelay_router.requests.stream import EventStream
 from kvrelay_router.requests.tracing import RequestTrace
 from kvrelay_router.requests.types import (
+    ColdStart,
     Failed,
     Finished,
     Health,
@@ -77,7 +79,7 @@ class RouterService:
         self._block_size = 16
         """Of the last decode worker."""
         self._context_limit: int | None = None
-        """What the last decode workers held: one that wakes up holds as much."""
+        """What the last decode workers held: one that is started holds as much."""
         self._draining = False
         self._generated = 0
         """Tokens of the step message in hand, added to the metric once per message."""
@@ -161,9 +163,22 @@ class RouterService:
     def worker_joined(self, link: WorkerLink) -> None:
         self._metrics.worker_loads(link)
         self._metrics.fleet(self._registry.links)
+        if link.awake:
+            self._can_work(link, woken=False)
+        elif not self.parking.wakes:
+            # It sleeps by the order of a router that scales, and this one does not.
+            self._registry.wake(link)
+
+    def worker_rests(self, link: WorkerLink) -> None:
+        self._metrics.fleet(self._registry.links)
+        if link.awake:
+            self._can_work(link, woken=True)
+
+    def _can_work(self, link: WorkerLink, *, woken: bool) -> None:
+        """A worker has joined, or woken up."""
         # Who came for a request that went on without it gets its idle time all the same.
         self._busy_at = self._prompt_at = now = self._clock()
-        self.parking.joined(link.role, now)
+        self.parking.joined(link.role, now, woken=woken)
         if link.role is Role.DECODE:
             self._block_size = link.block_size
             self._placing.unpark()
@@ -195,15 +210,17 @@ class RouterService:
             idle_s=now - self._busy_at,
             prompts_idle_s=now - self._prompt_at,
             start_s=self.parking.starts.took_s,
+            wake_s=self.parking.wakings.took_s,
         )
 
-    def start_requested(self, pool: Role) -> None:
-        """Workers of a pool that had none were asked for."""
+    def start_requested(self, pool: Role, *, wake: bool) -> None:
+        """Workers of a pool that had none awake were asked for."""
         now = self._clock()
         received = [flight.received_at for flight in self._placing.parked]
         if received:
             self._metrics.queue_to_wake.observe(now - min(received))
-        self._placing.tell_parked(events.StartProgress(now, self.parking.requested(pool, now)))
+        start = self.parking.requested(pool, now, wake=wake)
+        self._placing.tell_parked(events.StartProgress(now, start))
 
     def scaled(self, pool: Role, replicas: int, reason: str) -> None:
         """The provider took a new number of workers."""
@@ -223,6 +240,8 @@ class RouterService:
                 self._feed(flight, event)
         if link.role is Role.DECODE and not self._placing.awake:
             self._placing.park()
+        if not link.awake:
+            self.parking.demand()  # it may have been kept for nobody, or been on its way to somebody
 
     def worker_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         now = self._clock()
@@ -373,6 +392,8 @@ class RouterService:
         # The client comes first: a defect in the book-keeping below must not cost it the event.
         flight.stream.put(event)
         match event:
+            case ColdStart(phase=phase):
+                flight.trace.cold_start(phase)
             case Started(cached_tokens):
                 prompt = len(flight.request.prompt_tokens)
                 self._meter.computed(at, prompt=prompt, cached=cached_tokens)
@@ -424,5 +445,6 @@ def _view(link: WorkerLink) -> WorkerView:
         total_blocks=load.total_blocks,
         free_blocks=load.free_blocks,
         cached_blocks=load.cached_blocks,
-        draining=link.draining,
+        draining=link.draining or link.slumber.rest is Rest.RETIRING,
+        asleep=link.slumber.rest in {Rest.FALLING, Rest.ASLEEP, Rest.WAKING},
     )

@@ -48,12 +48,17 @@ class RequestTrace:
         self.context = telemetry.identify(self._name, self._parent)
         self._seen = telemetry.recording and bool(self.context.flags & 1)
         self._began_ns = time.time_ns()
+        self._cold_start = ""
         self._places: list[_Place] = []
         self._replays: list[_Replay] = []
 
     @property
     def trace_id(self) -> str:
         return self.context.trace_id.hex()
+
+    def cold_start(self, phase: str) -> None:
+        """It waits for a worker that starts or wakes up; the first phase it heard of counts."""
+        self._cold_start = self._cold_start or phase
 
     def placed(self, path: Path, attempt: int, *, started_ns: int) -> None:
         """Workers were chosen; the search began at `started_ns`."""
@@ -112,7 +117,12 @@ class RequestTrace:
         root.end(ended_ns)
 
     def _make_children(self, ended_ns: int) -> None:
-        queue = self._telemetry.start_span("queue", parent=self.context, start_ns=self._began_ns)
+        queue = self._telemetry.start_span(
+            "queue",
+            parent=self.context,
+            start_ns=self._began_ns,
+            attributes={"kvrelay.cold_start": self._cold_start} if self._cold_start else {},
+        )
         queue.end(self._places[0].ended_ns if self._places else ended_ns)
         for place in self._places:
             span = self._telemetry.start_span(

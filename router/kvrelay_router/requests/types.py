@@ -73,13 +73,13 @@ class ColdStart:
     pool: str
     """`prefill` or `decode`."""
     phase: str
-    """`requested` until the worker's process speaks; then what it does: `import`, `check_device`,
-    `load_weights`, `warm_up`, `start_transport`."""
+    """`wake` where one that sleeps wakes up; else `requested` until the worker's process speaks, then what it
+    does: `import`, `check_device`, `load_weights`, `warm_up`, `start_transport`."""
     done: int
     """Bytes of the phase, where it counts them; else 0."""
     total: int
     eta_s: float | None
-    """Seconds left, by the last start; None before the first."""
+    """Seconds left, by the last start or wake; None before the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +188,8 @@ class WorkerView:
     free_blocks: int
     cached_blocks: int
     draining: bool
+    asleep: bool = False
+    """Or on its way there or back: it is given no work now. One that finishes what it has is `draining`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ class PoolConfig:
     """Idle for this long, a pool whose `min` is 0 goes to zero. What a start costs is what staying
     for as long costs: the break-even of ski rental (Karlin et al. 1988) is the time of a start.
     """
+    sleep_s: float = 0.0
+    """Its workers' processes are kept asleep for so long before they end; 0: they end at once."""
     stabilisation_s: float = 120.0
     """Fewer replicas must have sufficed for this long before any is let go."""
     cooldown_s: float = 30.0
@@ -31,7 +33,14 @@ class PoolConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.max:
             raise ValueError(f"min {self.min} must be from 0 to max {self.max}")
-        for name in ("idle_s", "stabilisation_s", "cooldown_s", "start_s", "start_timeout_s"):
+        for name in (
+            "idle_s",
+            "sleep_s",
+            "stabilisation_s",
+            "cooldown_s",
+            "start_s",
+            "start_timeout_s",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
 

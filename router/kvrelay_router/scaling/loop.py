@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvrelay_router.fleet.registry import WorkerRegistry
+from kvrelay_router.fleet.slumber import Rest
+from kvrelay_router.fleet.worker_link import WorkerLink
 from kvrelay_router.requests.demand import FleetDemand
 from kvrelay_router.requests.placement import Role
 from kvrelay_router.scaling.config import ScalerConfig
 from kvrelay_router.scaling.observe import decode_load, prefill_load
 from kvrelay_router.scaling.policy import decide
+from kvrelay_router.scaling.rest import rest
 from kvrelay_router.scaling.state import FleetState, Memory, PoolState
 
 TICK_S = 1.0
@@ -33,16 +36,19 @@ class Provider(Protocol):
     """Whoever starts and stops workers."""
 
     async def scale(self, pool: str, replicas: int) -> None:
-        """Have that many workers of `prefill` or `decode` from now on. Idempotent; returns once it is
-        asked for, and not when they are up.
+        """Have that many workers of `prefill` or `decode` from now on, those that sleep included. Idempotent;
+        returns once it is asked for, and not when they are up.
         """
 
 
 class ScalingListener(Protocol):
     """Who hears of decisions. Called on the event loop; must neither block nor raise."""
 
-    def start_requested(self, pool: Role) -> None:
-        """A pool without workers was given some."""
+    def start_requested(self, pool: Role, *, wake: bool) -> None:
+        """A pool without workers that are awake was given some.
+
+        Args: `wake` where one that sleeps wakes up, rather than a process being started.
+        """
 
     def scaled(self, pool: Role, replicas: int, reason: str) -> None:
         """The provider took a new number."""
@@ -83,6 +89,8 @@ class ScalerLoop:
         self._clock = clock
         self._memory = Memory()
         self._desired = dict(scaling.running or {})
+        self._kept = dict.fromkeys(Role, 0)
+        """Processes that the provider was told to run besides, asleep."""
         self._missing_since: dict[Role, list[float]] = {role: [] for role in Role}
         """Since when each replica that was asked for is not there, oldest first: one that has run and
         died has as long to come back as a new one.
@@ -92,7 +100,7 @@ class ScalerLoop:
 
     @property
     def desired(self) -> Mapping[Role, int]:
-        """What the provider was told last."""
+        """What the provider was told last, less those that it keeps for us to sleep."""
         return self._desired
 
     def nudge(self) -> None:
@@ -125,10 +133,16 @@ class ScalerLoop:
         await asyncio.sleep(ADOPT_S)
         for role in Role:
             self._desired[role] = max(self._joined(role), self._config.pool(role).min)
-            await self._tell(role, self._desired[role], "found")
+            await self._tell(role, self._desired[role], 0, "found")
 
     def _joined(self, role: Role) -> int:
-        return sum(link.role is role and not link.draining for link in self._registry.links)
+        return sum(link.awake for link in self._staying(role))
+
+    def _asleep(self, role: Role) -> int:
+        return sum(not link.awake for link in self._staying(role))
+
+    def _staying(self, role: Role) -> list[WorkerLink]:
+        return [k for k in self._registry.links if k.role is role and not k.draining]
 
     async def _once(self) -> bool:
         """Decide and tell the provider. Returns whether it took everything."""
@@ -139,33 +153,40 @@ class ScalerLoop:
         told = True
         # Decode first: one decode worker alone serves everything.
         for role in (Role.DECODE, Role.PREFILL):
-            wanted = decision.targets.of(role)
-            if wanted == self._desired[role]:
+            wanted, kept = decision.targets.of(role), decision.targets.asleep(role)
+            woken = rest(self._registry, self._staying(role), wanted, kept)
+            if (wanted, kept) == (self._desired[role], self._kept[role]):
                 continue
-            if not await self._tell(role, wanted, decision.reasons.of(role)):
+            if not await self._tell(role, wanted, kept, decision.reasons.of(role), wake=woken):
                 self._memory = _undecided(self._memory, role, before)
                 told = False
         return told
 
-    async def _tell(self, role: Role, wanted: int, reason: str) -> bool:
+    async def _tell(
+        self, role: Role, wanted: int, kept: int, reason: str, *, wake: bool = False
+    ) -> bool:
         before = self._desired[role]
         if not before and wanted:
-            self._listener.start_requested(role)
-        try:
-            await self._provider.scale(role.value, wanted)
-        except Exception:
-            logger.exception("%s could not be scaled from %d to %d", role.value, before, wanted)
-            self._listener.scaling_failed(role)
-            return False
-        self._desired[role] = wanted
+            self._listener.start_requested(role, wake=wake)
+        # To fall asleep and to wake up is between us and the worker: the provider keeps its process.
+        if reason == "found" or wanted + kept != before + self._kept[role]:
+            try:
+                await self._provider.scale(role.value, wanted + kept)
+            except Exception:
+                logger.exception("%s could not be scaled from %d to %d", role.value, before, wanted)
+                self._listener.scaling_failed(role)
+                return False
+        self._desired[role], self._kept[role] = wanted, kept
         self._missing(role, self._clock())
-        self._listener.scaled(role, wanted, reason)
+        if wanted != before or reason == "found":
+            self._listener.scaled(role, wanted, reason)
         return True
 
     def _observe(self, now: float) -> FleetState:
         if now < self._adopt_until:
             for role in Role:
                 self._desired[role] = max(self._desired[role], self._joined(role))
+                self._kept[role] = max(self._kept[role], self._asleep(role))
         workers = self._registry.states()
         demand = self._demand(now)
         prefill = self._pool(Role.PREFILL, demand, now)
@@ -191,12 +212,20 @@ class ScalerLoop:
         )
 
     def _pool(self, role: Role, demand: FleetDemand, now: float) -> PoolState:
+        asleep = self._asleep(role)
+        start_s = demand.start_s.get(role)
         return PoolState(
             ready=self._joined(role),
+            asleep=asleep,
             pending=tuple(self._missing(role, now)),
-            draining=sum(link.role is role and link.draining for link in self._registry.links),
+            draining=sum(
+                link.role is role and (link.draining or link.slumber.rest is Rest.RETIRING)
+                for link in self._registry.links
+            ),
             desired=self._desired[role],
-            start_s=demand.start_s.get(role),
+            kept=self._kept[role],
+            # The next one wakes up, where one sleeps.
+            start_s=demand.wake_s.get(role, start_s) if asleep else start_s,
         )
 
     def _missing(self, role: Role, now: float) -> list[float]:

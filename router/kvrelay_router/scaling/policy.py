@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from kvrelay_router.requests.placement import Role
 from kvrelay_router.scaling.config import PoolConfig, ScalerConfig
+from kvrelay_router.scaling.sleep import kept_asleep
 from kvrelay_router.scaling.state import (
     Decision,
     FleetState,
@@ -114,8 +115,14 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         prefill_why = Reason.BUDGET
     if afforded.decode < decode:
         decode_why = Reason.BUDGET
+    prefill_asleep, prefill_memory = kept_asleep(
+        state.prefill, afforded.prefill, now, config.prefill, prefill_memory
+    )
+    decode_asleep, decode_memory = kept_asleep(
+        state.decode, afforded.decode, now, config.decode, decode_memory
+    )
     return Decision(
-        afforded,
+        Targets(afforded.prefill, afforded.decode, prefill_asleep, decode_asleep),
         replace(
             memory,
             prefill=replace(prefill_memory, target=afforded.prefill),

@@ -14,13 +14,19 @@ class PoolState:
     """Replicas of one pool, as the provider and the joined workers have them."""
 
     ready: int = 0
-    """Joined, and not draining."""
+    """Joined, awake, and not draining."""
+    asleep: int = 0
+    """Joined and not awake: asleep, or on the way there or back."""
     pending: tuple[float, ...] = ()
-    """When each replica that has not joined yet was asked for, oldest first."""
+    """When each replica that has not joined or woken up yet was asked for, oldest first."""
     draining: int = 0
-    """On their way out: they cost, but take nothing new, and are not part of `desired`."""
+    """On their way out, or finishing what they have before they sleep: they cost, but take nothing new, and are
+    not part of `desired`.
+    """
     desired: int = 0
-    """What the provider was last told, by whomever: after a restart it is read there."""
+    """What the provider was last told, by whomever, less those kept asleep: after a restart it is read there."""
+    kept: int = 0
+    """Processes that it was told to run besides, for workers that sleep."""
     start_s: float | None = None
     """How long a replica lately took from asked for to joined; None before the first."""
 
@@ -88,6 +94,8 @@ class PoolMemory:
     """The most that was needed since then."""
     blocked_until: float | None = None
     """Starts timed out: until then no more are asked for."""
+    asleep_since: float | None = None
+    """Since when workers are kept asleep and none was needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +122,18 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Replicas wanted of each pool."""
+    """Replicas wanted of each pool, and besides them processes kept asleep."""
 
     prefill: int
     decode: int
+    prefill_asleep: int = 0
+    decode_asleep: int = 0
 
     def of(self, role: Role) -> int:
         return self.prefill if role is Role.PREFILL else self.decode
+
+    def asleep(self, role: Role) -> int:
+        return self.prefill_asleep if role is Role.PREFILL else self.decode_asleep
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,10 @@ def stream_reply(
                         out.write(f"(waiting, number {position})\n")
                     case ColdStart(pool=pool, phase=phase) if (pool, phase) != starting:
                         starting = (pool, phase)
-                        out.write(f"(a {pool} worker starts: {phase.replace('_', ' ')})\n")
+                        does = (
+                            "wakes up" if phase == "wake" else f"starts: {phase.replace('_', ' ')}"
+                        )
+                        out.write(f"(a {pool} worker {does})\n")
                     case Resumed(gap_s=gap):
                         out.write(f"⟲{gap:.1f}s ")
                     case Usage():

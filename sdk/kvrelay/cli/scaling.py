@@ -17,9 +17,15 @@ def read_scaling(values: SimpleNamespace) -> "Scaling | None":
     """How many workers there may be, and who starts them; None where nobody does.
 
     Raises:
-        UsageError: no such provider, two of them, or bounds that serve nothing.
+        UsageError: no such provider, two of them, one whose workers can't sleep, or bounds that serve nothing.
         ProviderError: the platform can't be reached from here.
     """
+    kind, _, where = (values.provider or "").partition(":")
+    if values.sleep and kind != "local":
+        raise UsageError(
+            f"--sleep {values.sleep:g} needs --provider local:SOCKET: elsewhere whoever runs a worker keeps "
+            "its device for it, asleep or not"
+        )
     if values.provider is None and values.scaler_port is None:
         return None
     if values.provider is not None and values.scaler_port is not None:
@@ -34,7 +40,6 @@ def read_scaling(values: SimpleNamespace) -> "Scaling | None":
     config = _config(values)
     if values.scaler_port is not None:
         return Scaling(config, AskedTargets(), None)
-    kind, _, where = values.provider.partition(":")
     if kind == "local" and where:
         from kvrelay_infra.scale_socket import SocketProvider
 
@@ -51,6 +56,7 @@ def _config(values: SimpleNamespace) -> "ScalerConfig":
             low,
             high,
             idle_s=values.idle,
+            sleep_s=values.sleep,
             # Who lets the last worker go after so long does not hold on to the others for longer.
             stabilisation_s=min(values.idle, PoolConfig().stabilisation_s),
             cooldown_s=min(values.idle, PoolConfig().cooldown_s),

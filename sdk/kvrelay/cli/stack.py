@@ -106,8 +106,13 @@ def on_demand(values: SimpleNamespace) -> dict[str, object]:
     """What the router must know to start workers when they are needed; nothing where all always run.
 
     Raises:
-        UsageError: more always run than there are.
+        UsageError: more always run than there are, or a pool shall sleep that is never at zero.
     """
+    if values.sleep and values.min != 0:
+        least = "" if values.min is None else f" and not --min {values.min}"
+        raise UsageError(
+            f"--sleep {values.sleep:g} needs --min 0{least}: a pool sleeps where it would be at zero"
+        )
     if values.min is None:
         return {}
     for pool in ("prefill", "decode"):

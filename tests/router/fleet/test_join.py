@@ -101,7 +101,7 @@ def _set(**fields: object) -> Callable[[pb.Hello], None]:
         (lambda hello: None, "invalid_api_key", ["join_token"]),
         (_set(join_token="open sesamE"), "invalid_api_key", ["join_token"]),
         (_set(join_token="ünïcode"), "invalid_api_key", ["join_token"]),
-        (_set(protocol_version=1), "layout_mismatch", ["protocol_version", "1", "3"]),
+        (_set(protocol_version=1), "layout_mismatch", ["protocol_version", "1", str(JOIN_VERSION)]),
         (_set(model="other"), "layout_mismatch", ["model", "'other'", "'demo'"]),
         (_set(transport="ucx"), "layout_mismatch", ["transport", "'ucx'", "'inproc'", "d0"]),
         (_set(kv_num_layers=9), "layout_mismatch", ["kv_layout.num_layers", "9", "2", "d0"]),

@@ -20,6 +20,7 @@ from kvrelay_router.requests.types import (
     Tokens,
     ValidRequest,
 )
+from kvrelay_router.scaling.loop import Scaling
 
 CONFIG = RouterConfig(
     model_dir=FilePath("unused"),
@@ -65,22 +66,25 @@ class Rig:
 async def make_rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
     async with AsyncExitStack() as stack:
 
-        async def make(**config: object) -> Rig:
+        async def make(*, scaling: Scaling | None = None, **config: object) -> Rig:
             spans = InMemorySpanExporter()
             telemetry = Telemetry("router", instance="t", processors=[SimpleSpanProcessor(spans)])
             stack.callback(telemetry.shutdown)
-            core = RouterCore(replace(CONFIG, **config), telemetry)
+            core = RouterCore(replace(CONFIG, **config), telemetry, scaling=scaling)
             await core.start()
             stack.push_async_callback(core.stop)
             fabric = FakeFabric()
 
-            async def join(name: str, role: str, **script: object) -> FakeWorker:
+            async def join(
+                name: str, role: str, *, asleep: bool = False, **script: object
+            ) -> FakeWorker:
                 worker = FakeWorker(
                     core.join_port,
                     name,
                     role,
                     fabric,
                     script=Script(**script),
+                    change_hello=lambda hello: setattr(hello, "asleep", asleep),
                 )
                 return await stack.enter_async_context(worker)
 

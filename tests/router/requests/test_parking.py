@@ -124,7 +124,7 @@ async def test_progress_of_a_start_reaches_everybody_parked_also_later_ones(make
     service = rig.core.service
     early = rig.submit(request_id="early")
     assert await next_event(early) == Queued(1, None)
-    service.start_requested(Role.DECODE)
+    service.start_requested(Role.DECODE, wake=False)
     assert await next_event(early) == ColdStart("decode", "requested", 0, 0, None)
     late = rig.submit(request_id="late")
     assert await next_event(late) == Queued(2, None)

@@ -36,7 +36,8 @@ class Recorder:
     failing: bool = False
     answers: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is not set, the provider takes its time."""
-    requested: list[Role] = field(default_factory=list)
+    requested: list[tuple[Role, bool]] = field(default_factory=list)
+    """Pools, and whether somebody was woken."""
     scales: list[tuple[Role, int, str]] = field(default_factory=list)
     failures: list[Role] = field(default_factory=list)
 
@@ -47,8 +48,8 @@ class Recorder:
         if self.failing:
             raise DownProvider
 
-    def start_requested(self, pool: Role) -> None:
-        self.requested.append(pool)
+    def start_requested(self, pool: Role, *, wake: bool) -> None:
+        self.requested.append((pool, wake))
 
     def scaled(self, pool: Role, replicas: int, reason: str) -> None:
         self.scales.append((pool, replicas, reason))
@@ -148,7 +149,7 @@ async def test_a_nudge_decides_at_once():
         bench.demand = WAITING
         await bench.decide()
         assert bench.heard.told == [("decode", 1)]
-        assert bench.heard.requested == [Role.DECODE]
+        assert bench.heard.requested == [(Role.DECODE, False)]
         assert bench.heard.scales == [(Role.DECODE, 1, "wake")]
         assert bench.loop.desired == {Role.PREFILL: 0, Role.DECODE: 1}
 
@@ -167,7 +168,7 @@ async def test_many_nudges_activate_once_while_the_start_is_pending():
             bench.now += 1.0
             await bench.decide()
         assert bench.heard.told == [("decode", 1)]
-        assert bench.heard.requested == [Role.DECODE]
+        assert bench.heard.requested == [(Role.DECODE, False)]
 
 
 async def test_nudges_while_the_provider_is_being_asked_activate_once():
@@ -191,7 +192,7 @@ async def test_decode_is_told_before_prefill():
     async with running(prefill=least, decode=least) as bench:
         await until(lambda: len(bench.heard.told) == 2)
         assert bench.heard.told == [("decode", 1), ("prefill", 1)]
-        assert bench.heard.requested == [Role.DECODE, Role.PREFILL]
+        assert bench.heard.requested == [(Role.DECODE, False), (Role.PREFILL, False)]
 
 
 async def test_more_is_asked_for_where_workers_are_up_and_full():

@@ -147,10 +147,13 @@ POOLS = (
 
 _IDLE = Flag("--idle", "without work for so long a pool goes down to its least", duration(0.1),
              300.0, "pools", "SECONDS")  # fmt: skip
+_SLEEP = Flag("--sleep", "a pool at zero keeps its processes for so long, asleep: weights in host memory, device "
+              "freed; 0: not at all", duration(), 0.0, "pools", "SECONDS")  # fmt: skip
 ON_DEMAND = (
     Flag("--min", "workers of each pool that always run; the others start when they are needed. "
          "None: all always run", integer(0, 64), None, "pools", "N"),
     _IDLE,
+    _SLEEP,
 )  # fmt: skip
 WAKING = (
     Flag("--wake-timeout", "longest wait for a pool that was at zero", duration(), 300.0,
@@ -167,6 +170,7 @@ SCALING = (
     Flag("--scale-decode", "decode workers, at least and at most", bounds, Bounds(1, 1), "scaling",
          "MIN:MAX"),
     _IDLE,
+    _SLEEP,
 )  # fmt: skip
 
 SUPERVISED = Flag(
