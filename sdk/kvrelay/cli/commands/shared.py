@@ -173,10 +173,14 @@ SUPERVISED = Flag(
     "--supervised", "print no address: another process does", boolean, False, "http", switch=True
 )
 
+HOSTED = Flag("--ping-while-starting", "serve /ping and /invocations; /ping is this until the model "
+              "can answer: 503, or 204 for RunPod", integer(200, 599), None, "http", "STATUS")  # fmt: skip
+
 ROUTER_FLAGS = (
     *MODEL,
     *HTTP,
     SUPERVISED,
+    HOSTED,
     *JOIN_SERVER,
     *JOIN_SERVER_TLS,
     *REQUESTS,
