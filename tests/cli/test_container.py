@@ -67,29 +67,57 @@ def test_the_first_line_says_that_there_is_one_pool(platform):
         assert platform.grace_s >= 10
 
 
-@pytest.mark.parametrize(
-    ("environ", "line"),
-    [
-        ({"PORT": "80", "PORT_HEALTH": "81"}, f"PORT 80, PORT_HEALTH 81: {PORTS}"),
-        ({"PORT": "80", "KVRELAY_PORT": "81"}, f"--port 81, PORT 80: {PORTS}"),
-        ({"PORT": "http"}, "PORT=http must be a whole number from 1 to 65535"),
-        ({"KVRELAY_MODEL": "owner/name"}, "owner/name has no revision, so containers that start "
-         "later may serve another model; set KVRELAY_REVISION to a commit of it"),
-        ({"KVRELAY_PREFILL": "1"}, "KVRELAY_PREFILL=1: kvrelay serve has no --prefill, for it runs "
-         "one decode worker alone; remove it, or run kvrelay up"),
-        ({"KVRELAY_JOIN_TOKEN": "hunter2"}, "KVRELAY_JOIN_TOKEN=***: kvrelay serve has no "
-         "--join-token, for it runs one decode worker alone; remove it, or run kvrelay up"),
-        ({"SAGEMAKER_MULTI_MODEL": "true"}, "SAGEMAKER_MULTI_MODEL=true: one container serves one "
-         "model; use an endpoint for each"),
-        ({"SAGEMAKER_BIND_TO_PORT": "8080", "KVRELAY_API_KEY": "k"}, "--api-key: SageMaker hands on "
-         "no header that could carry a key, so every request would be refused; remove it, access is "
-         "by IAM"),
-        ({"K_SERVICE": "x", "KVRELAY_TLS_CERT": __file__}, "--tls-cert, --tls-key: Cloud Run speaks "
-         "plain HTTP to the container and ends TLS itself; remove them"),
-        ({"K_SERVICE": "x", "KVRELAY_DRAIN_GRACE": "30"}, "--drain-grace 30: Cloud Run kills the "
-         "container 10 s after SIGTERM; 7 leaves time to end"),
-    ],
-)  # fmt: skip
+CONTRADICTIONS = {
+    "ports": ({"PORT": "80", "PORT_HEALTH": "81"}, f"PORT 80, PORT_HEALTH 81: {PORTS}"),
+    "own port": ({"PORT": "80", "KVRELAY_PORT": "81"}, f"--port 81, PORT 80: {PORTS}"),
+    "no port": ({"PORT": "http"}, "PORT=http must be a whole number from 1 to 65535"),
+    "revision": (
+        {"KVRELAY_MODEL": "owner/name"},
+        (
+            "owner/name has no revision, so containers that start later may serve another model; "
+            "set KVRELAY_REVISION to a commit of it"
+        ),
+    ),
+    "second pool": (
+        {"KVRELAY_PREFILL": "1"},
+        (
+            "KVRELAY_PREFILL=1: kvrelay serve has no --prefill, for it runs one decode worker alone; "
+            "remove it, or run kvrelay up"
+        ),
+    ),
+    "secret": (
+        {"KVRELAY_JOIN_TOKEN": "hunter2"},
+        (
+            "KVRELAY_JOIN_TOKEN=***: kvrelay serve has no --join-token, for it runs one decode worker "
+            "alone; remove it, or run kvrelay up"
+        ),
+    ),
+    "models": (
+        {"SAGEMAKER_MULTI_MODEL": "true"},
+        "SAGEMAKER_MULTI_MODEL=true: one container serves one model; use an endpoint for each",
+    ),
+    "key": (
+        {"SAGEMAKER_BIND_TO_PORT": "8080", "KVRELAY_API_KEY": "k"},
+        (
+            "--api-key: SageMaker hands on no header that could carry a key, so every request would be "
+            "refused; remove it, access is by IAM"
+        ),
+    ),
+    "TLS": (
+        {"K_SERVICE": "x", "KVRELAY_TLS_CERT": __file__},
+        (
+            "--tls-cert, --tls-key: Cloud Run speaks plain HTTP to the container and ends TLS itself; "
+            "remove them"
+        ),
+    ),
+    "grace": (
+        {"K_SERVICE": "x", "KVRELAY_DRAIN_GRACE": "30"},
+        "--drain-grace 30: Cloud Run kills the container 10 s after SIGTERM; 7 leaves time to end",
+    ),
+}
+
+
+@pytest.mark.parametrize(("environ", "line"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_what_contradicts_is_one_line(serve, environ, line):
     with pytest.raises(UsageError) as caught:
         serve({"KVRELAY_MODEL": S3} | environ)

@@ -122,6 +122,13 @@ class OpenStream:
         return self._lines
 
 
+def test_told_to_stop_while_it_starts_it_ends_well():
+    with container() as server:
+        server.wait(lambda: "one aggregated pool" in server.log.read_text())
+        assert terminate(server) == 0, server.log.read_text()
+        assert "Traceback" not in server.log.read_text()
+
+
 @contextlib.contextmanager
 def held_stream(server: Server) -> Iterator[OpenStream]:
     """A stream that is under way for as long as the block lasts: its worker is stopped meanwhile."""

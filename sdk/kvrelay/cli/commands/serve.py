@@ -41,6 +41,9 @@ FOREIGN = tuple(
 
 
 def _run(values: SimpleNamespace) -> int:
+    # Process 1 ignores a signal that it has no handler for.
+    signal.signal(signal.SIGTERM, _leave)
+
     from kvrelay.cli.container import first_line, stack_values
     from kvrelay.cli.settings import own_environment
 
@@ -49,8 +52,6 @@ def _run(values: SimpleNamespace) -> int:
 
     from kvrelay.cli.stack import defaults, run_up
 
-    # Process 1 ignores a signal without a handler, and a download may take minutes.
-    signal.signal(signal.SIGTERM, _leave)
     return run_up(defaults(**vars(told)), "serve")
 
 
