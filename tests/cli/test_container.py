@@ -37,7 +37,7 @@ def test_a_platform_is_known_by_its_variables(serve, environ, name, port, grace,
     platform, values = serve(environ | {"KVRELAY_MODEL": S3})
     assert platform.name == name
     assert (values.host, values.port, values.model) == ("0.0.0.0", port, S3)
-    assert (values.prefill, values.decode) == (0, 1)
+    assert (values.prefill, values.decode, values.transport) == (0, 1, "inproc")
     assert (values.drain_grace, values.request_timeout) == (grace, limit)
     assert values.ping_while_starting == starting
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 import openai
+import psutil
 import pytest
 from ports import free_ports
 from server_process import Server, started
@@ -34,6 +35,7 @@ def container(*flags: str, **environment: str):
         "KVRELAY_KV_MEMORY": "16MiB",
         "KVRELAY_DTYPE": "float32",
         "KVRELAY_THREADS": "1",
+        "UCX_TLS": "no_such_transport",
     }
     return started(["serve", *flags], port, settings | environment)
 
@@ -64,6 +66,11 @@ def test_it_says_first_that_there_is_one_pool(cloud_run):
     first = cloud_run.log.read_text().splitlines()[0]
     assert first.startswith("kvrelay serve on Cloud Run: one aggregated pool, no disaggregation")
     assert [worker["role"] for worker in cloud_run.workers()] == ["decode"]
+
+
+def test_its_worker_needs_no_ucx_and_opens_no_port_of_it(cloud_run):
+    worker = psutil.Process(cloud_run.worker_pid("decode-0"))
+    assert [c for c in worker.net_connections() if c.status == psutil.CONN_LISTEN] == []
 
 
 def test_it_answers_chat_and_completion_at_one_route(cloud_run):

@@ -114,6 +114,10 @@ def stack_values(
             "join_port": 0,
             "prefill": 0,
             "decode": 1,
+            # No other worker, so no KV travels: no UCX that a sandbox could keep from starting, no
+            # port of it, hardly a buffer.
+            "transport": "inproc",
+            "staging_buffers": 2,
             "drain_grace": grace,
             "request_timeout": values.request_timeout or _request_timeout(platform),
             "ping_while_starting": platform.ping_while_starting,
