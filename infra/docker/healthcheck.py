@@ -3,6 +3,7 @@
 
     kvrelay-healthcheck router [PORT]   its HTTP port answers, and it does not drain (default 8000)
     kvrelay-healthcheck worker [PORT]   it holds a connection to a router's join port (default 8001)
+    kvrelay-healthcheck serve [PORT]    the model answers (default: the port that `kvrelay serve` takes)
 
 A router without workers is healthy: at zero it is the one who waits for requests. A worker opens no port
 that could be asked; it joins once its engine is ready, so a connection to a router is the sign.
@@ -11,8 +12,10 @@ Nothing but the standard library, so that a check takes milliseconds.
 
 import http.client
 import json
+import os
 import ssl
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 TIMEOUT_S = 3.0
@@ -21,24 +24,49 @@ _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 
 def check_router(port: int) -> str | None:
-    """Ask /health, over HTTP and, where that is not what the port speaks, over HTTPS.
+    """Ask whether it serves, with or without workers.
 
     Returns:
         What is wrong, or None.
     """
+    phase, problem = _ask(port)
+    return "it drains" if phase == "draining" else problem
+
+
+def check_serve(port: int) -> str | None:
+    """Ask whether it can answer.
+
+    Returns:
+        What is wrong, or None.
+    """
+    phase, problem = _ask(port)
+    return problem if phase in {None, "ready"} else f"it is not ready: {phase}"
+
+
+def serve_port(environ: Mapping[str, str] = os.environ) -> int:
+    """Where `kvrelay serve` listens; with `--port` it has to be named here too."""
+    names = ("KVRELAY_PORT", "PORT", "SAGEMAKER_BIND_TO_PORT", "PORT_HEALTH")
+    return next((int(environ[name]) for name in names if environ.get(name, "").isdigit()), 8080)
+
+
+def _ask(port: int) -> tuple[str | None, str | None]:
+    """The phase that /health names, over HTTP and, where that is not what the port speaks, over HTTPS.
+
+    Returns:
+        The phase, or what is wrong.
+    """
     try:
-        phase = _phase(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S))
+        return _phase(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)), None
     except (http.client.HTTPException, ConnectionError):
         # The certificate names the public host, not this one; the answer never leaves the container.
         context = ssl._create_unverified_context()  # noqa: S323, SLF001
         secure = http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_S, context=context)
         try:
-            phase = _phase(secure)
+            return _phase(secure), None
         except (http.client.HTTPException, OSError) as error:
-            return f"nothing answers on port {port}: {error}"
+            return None, f"nothing answers on port {port}: {error}"
     except OSError as error:
-        return f"nothing answers on port {port}: {error}"
-    return "it drains" if phase == "draining" else None
+        return None, f"nothing answers on port {port}: {error}"
 
 
 def _phase(connection: http.client.HTTPConnection) -> str:
@@ -70,7 +98,11 @@ def check_worker(port: int, tables: tuple[Path, ...] = _TABLES) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    checks = {"router": (check_router, 8000), "worker": (check_worker, 8001)}
+    checks = {
+        "router": (check_router, 8000),
+        "worker": (check_worker, 8001),
+        "serve": (check_serve, serve_port()),
+    }
     if not arguments or arguments[0] not in checks or not all(a.isdigit() for a in arguments[1:]):
         print(__doc__, file=sys.stderr)
         return 2

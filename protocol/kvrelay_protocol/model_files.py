@@ -154,7 +154,7 @@ def resolve_model(
     if reference.startswith(_S3):
         return _pin_in_s3(reference, revision)
     path = Path(reference).expanduser()
-    if path.exists() or reference.startswith(("/", ".", "~")) or reference.count("/") != 1:
+    if not is_hub_id(reference):
         if not path.is_dir():
             raise InvalidModel(
                 f"model folder {reference} does not exist; "
@@ -162,6 +162,12 @@ def resolve_model(
             )
         return ModelFiles(path.resolve().name, path.resolve())
     return ModelFiles(reference, _fetch_from_hub(reference, revision, weights=weights))
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether a reference is neither the demo model, a bucket nor a folder, but `owner/name`."""
+    elsewhere = reference.startswith((_S3, "/", ".", "~")) or Path(reference).exists()
+    return reference.count("/") == 1 and not elsewhere
 
 
 def _pin_in_s3(reference: str, revision: str | None) -> ModelFiles:

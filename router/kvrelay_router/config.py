@@ -49,5 +49,7 @@ class RouterConfig:
     local_prefill_max_tokens: int = 0
     """Prompts with at most this many uncached tokens are prefilled on the decode worker."""
     log_requests: bool = False
+    ping_while_starting: int | None = None
+    """Status of `GET /ping` until the model can answer, and `POST /invocations` is served; None: neither."""
     supervised: bool = False
     """Another process says where this one answers and that it stops."""

@@ -80,7 +80,8 @@ def test_values_survive_the_way_to_a_child():
             "KVRELAY_JOIN_TLS_CERT",
             "KVRELAY_JOIN_TLS_KEY",
             "KVRELAY_JOIN_TLS_CA",
-            "KVRELAY_SCALER_PORT",  # these two `values` does not name
+            "KVRELAY_PING_WHILE_STARTING",  # these three `values` does not name
+            "KVRELAY_SCALER_PORT",
             "KVRELAY_SCALE_PREFILL",
         ),
         "",

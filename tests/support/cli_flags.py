@@ -1,10 +1,16 @@
 """What the commands really take, for tests of files that name flags and variables."""
 
+from kvrelay.cli.commands.serve import SERVE_FLAGS
 from kvrelay.cli.commands.shared import ROUTER_FLAGS, WORKER_FLAGS
 from kvrelay.cli.flags import Flag
 from kvrelay.cli.settings import resolve
 
-FLAGS = {"router": ROUTER_FLAGS, "prefill": WORKER_FLAGS, "decode": WORKER_FLAGS}
+FLAGS = {
+    "router": ROUTER_FLAGS,
+    "prefill": WORKER_FLAGS,
+    "decode": WORKER_FLAGS,
+    "serve": SERVE_FLAGS,
+}
 
 
 def parse(arguments: list[str], environ: dict[str, str], *, files: tuple[str, ...] = ()) -> dict:

@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "infra" / "helm" / "kvrelay"
 EXAMPLES = ROOT / "infra" / "helm" / "examples"
@@ -21,6 +23,9 @@ TOOLS = ROOT / "build" / "infra-tools"
 LIBRARY = TOOLS / "helm" / "helm_sdkpy" / "_lib" / "linux-amd64" / "libhelm_sdkpy.so"
 
 Manifest = dict[str, Any]
+
+COMMIT = "c" * 40
+"""Stands for one of the hub that a user has to name."""
 
 _KINDS = {
     "v1": {"Secret": "secrets", "Service": "services", "ServiceAccount": "serviceaccounts",
@@ -35,6 +40,15 @@ _KINDS = {
 }  # fmt: skip
 
 _RECORD: Manifest = {"kind": "Secret", "metadata": {"name": "release"}}
+
+
+def example_values() -> dict[str, Manifest]:
+    """The values files that we ship, by name, with what each leaves to the user filled in."""
+    found = {
+        path.stem: yaml.safe_load(path.read_text()) for path in sorted(EXAMPLES.glob("*.yaml"))
+    }
+    found["eks-efa"]["model"]["revision"] = COMMIT
+    return found
 
 
 class HelmError(Exception):

@@ -59,6 +59,10 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"not within {timeout_s} s; log:\n{self.log.read_text()}")
 
+    def wait_ready(self) -> None:
+        """Its own word for it: what the router says may be some moments old before it has seen it."""
+        self.wait(lambda: "curl " in self.log.read_text(), timeout_s=200)
+
     def wait_for_workers(self, *names: str) -> None:
         self.wait(lambda: {w["name"] for w in self.workers()} >= set(names))
 
@@ -80,25 +84,32 @@ def running_server(
 ) -> Iterator[Server]:
     """Start `kvrelay up`, wait until it is ready, stop it by SIGINT and check its exit code."""
     port, join_port = free_ports(2)
+    command = ["up", *([str(model)] if model else []), "--threads", "1"]
+    command += ["--port", str(port), "--join-port", str(join_port), *flags]
+    with started(command, port, environment) as server:
+        server.wait_ready()
+        yield server
+        if server.process.poll() is None:  # a test may have stopped it itself
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(100) == 0, server.log.read_text()
+
+
+@contextlib.contextmanager
+def started(
+    command: list[str], port: int, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Start `kvrelay COMMAND`, which will serve at a port; whatever is left of it in the end is killed."""
     log = Path(tempfile.mkstemp(prefix="kvrelay-up-", suffix=".log")[1])
-    command = [sys.executable, "-m", "kvrelay.cli", "up", *([str(model)] if model else [])]
-    command += ["--port", str(port), "--join-port", str(join_port), "--threads", "1", *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "kvrelay.cli", *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
             start_new_session=True,
         )
-    server = Server(process, port, log)
     try:
-        # Its own word for it: what the router says may be some moments old before `up` has seen it.
-        server.wait(lambda: "curl " in log.read_text(), timeout_s=200)
-        yield server
-        if process.poll() is None:  # a test may have stopped it itself
-            process.send_signal(signal.SIGINT)
-            assert process.wait(100) == 0, log.read_text()
+        yield Server(process, port, log)
     finally:
         if process.poll() is None:
             process.kill()

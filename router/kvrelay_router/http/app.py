@@ -23,6 +23,7 @@ from kvrelay_router.http.chat import ChatFrames
 from kvrelay_router.http.completions import CompletionFrames
 from kvrelay_router.http.errors import LastResort, error_response, install_error_handlers
 from kvrelay_router.http.generation import Generation
+from kvrelay_router.http.hosting import InvocationsEndpoint, ping_status
 from kvrelay_router.http.limits import BoundedBody
 from kvrelay_router.http.request_id import RequestId
 from kvrelay_router.http.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -57,21 +58,20 @@ def create_app(
     """
     app = FastAPI(title="kvrelay", docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
-    generating = {
-        "/v1/chat/completions": GeneratingEndpoint(
-            core, model, config, patience or Patience(), planner=plan_chat, frames=ChatFrames
-        ),
-        "/v1/completions": GeneratingEndpoint(
-            core,
-            model,
-            config,
-            patience or Patience(),
-            planner=plan_completion,
-            frames=CompletionFrames,
-        ),
+    patience = patience or Patience()
+    chat = GeneratingEndpoint(core, model, config, patience, planner=plan_chat, frames=ChatFrames)
+    completions = GeneratingEndpoint(
+        core, model, config, patience, planner=plan_completion, frames=CompletionFrames
+    )
+    generating: dict[str, ASGIApp] = {
+        "/v1/chat/completions": chat,
+        "/v1/completions": completions,
     }
     _add_generating_routes(app, generating)
     _add_plain_routes(app, core, model, registry)
+    if config.ping_while_starting is not None:
+        generating["/invocations"] = InvocationsEndpoint(chat, completions, model.name)
+        _add_hosting_routes(app, generating["/invocations"], core, config.ping_while_starting)
     # Outermost first: whatever an inner layer answers has a request id and never a stack trace.
     bounded = BoundedBody(ShortWay(app, generating), config.max_body_bytes)
     return RequestId(LastResort(RequireKey(bounded, config.api_keys)))
@@ -100,7 +100,18 @@ class GeneratingEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises: KvrelayError, as long as no answer's head is out."""
         headers = header_values(scope)
-        raw, size = await read_object(headers, receive)
+        await self.answer_to(headers, await read_object(headers, receive), scope, receive, send)
+
+    async def answer_to(
+        self,
+        headers: Mapping[str, str],
+        body: tuple[dict[str, Any], int],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """The same for a body that `read_object` has read."""
+        raw, size = body
         limit_s = self._config.request_timeout_s
         wishes = CallerWishes.from_headers(headers, limit_s, tenant_of(scope))
         limited = within_limits(self._model, self._core)
@@ -162,6 +173,18 @@ def _add_generating_routes(app: FastAPI, endpoints: Mapping[str, ASGIApp]) -> No
     @app.post("/v1/completions", openapi_extra=_body_of(CompletionBody))
     async def completions() -> Response:
         return _Handed(endpoints["/v1/completions"])
+
+
+def _add_hosting_routes(
+    app: FastAPI, invocations: ASGIApp, core: RequestService, while_starting: int
+) -> None:
+    @app.get("/ping")
+    async def ping() -> Response:
+        return Response(status_code=ping_status(core.health(), while_starting))
+
+    @app.post("/invocations")
+    async def invoke() -> Response:
+        return _Handed(invocations)
 
 
 def within_limits(model: ServedModel, core: RequestService) -> ServedModel:

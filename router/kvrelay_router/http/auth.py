@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvrelay_protocol.errors import Unauthorized
 from kvrelay_router.http.errors import error_response
 
-PUBLIC_PATHS = frozenset({"/health", "/metrics"})
+PUBLIC_PATHS = frozenset({"/health", "/metrics", "/ping"})
 TENANT = "kvrelay.tenant"
 """Key of an ASGI scope: which API key a request came with, as bytes that don't tell the key."""
 
@@ -39,17 +39,17 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._digests and scope["path"] not in PUBLIC_PATHS:
-            presented = _presented_key(Headers(scope=scope))
-            if presented is None:
-                missing = Unauthorized(
-                    "no API key: send 'Authorization: Bearer <key>' or 'x-api-key'"
+            presented = _presented_keys(Headers(scope=scope))
+            known = next(filter(self._knows, presented), None)
+            if known is None:
+                refusal = Unauthorized(
+                    "incorrect API key"
+                    if presented
+                    else "no API key: send 'Authorization: Bearer <key>' or 'x-api-key'"
                 )
-                await error_response(missing)(scope, receive, send)
+                await error_response(refusal)(scope, receive, send)
                 return
-            if not self._knows(presented):
-                await error_response(Unauthorized("incorrect API key"))(scope, receive, send)
-                return
-            scope[TENANT] = _tenant(_digest(presented))
+            scope[TENANT] = _tenant(_digest(known))
         await self._app(scope, receive, send)
 
     def _knows(self, key: str) -> bool:
@@ -59,8 +59,8 @@ class RequireKey:
         return any(matches)
 
 
-def _presented_key(headers: Headers) -> str | None:
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and key.strip():
-        return key.strip()
-    return headers.get("x-api-key") or None
+def _presented_keys(headers: Headers) -> list[str]:
+    """Of both headers: a platform in front may have taken `Authorization` for a key of its own."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    keys = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    return [key for key in keys if key]

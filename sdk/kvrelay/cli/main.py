@@ -16,6 +16,7 @@ from kvrelay_protocol.errors import KvrelayError, UsageError
 
 _COMMANDS = {
     "up": "serve a model on this machine: router, prefill and decode workers",
+    "serve": "the same in one container (SageMaker, RunPod, Cloud Run): one pool",
     "chat": "talk to a model, on a server or on a stack started for it",
     "demo": "start everything, ask one question, show what happened",
     "doctor": "versions, devices, limits, and the transport between two processes",

@@ -63,6 +63,7 @@ def run_router(values: SimpleNamespace) -> int:
             drain_grace_s=values.drain_grace,
             local_prefill_max_tokens=values.local_prefill_max_tokens,
             log_requests=values.log_requests,
+            ping_while_starting=values.ping_while_starting,
             supervised=values.supervised,
         ),
         scaling,

@@ -84,6 +84,11 @@ def _parse(flag: Flag, item: str, origin: str) -> Any:
         raise ValueError(f"{origin}{shown} {error}") from None
 
 
+def own_environment() -> Mapping[str, str]:
+    """What a platform or an image has set; empty variables count as unset."""
+    return {name: value for name, value in os.environ.items() if value}
+
+
 def own_thread_setting(environ: Mapping[str, str] = os.environ) -> int | None:
     """OMP_NUM_THREADS, where the user chose it."""
     chosen = environ.get("OMP_NUM_THREADS", "")

@@ -247,12 +247,12 @@ def ready_block(plan: StackPlan, values: SimpleNamespace) -> str:
     return "\n".join(lines)
 
 
-def run_up(values: SimpleNamespace) -> int:
+def run_up(values: SimpleNamespace, command: str = "up") -> int:
     """Serve until stopped; returns the exit code."""
     console = Console()
     began = time.monotonic()
     plan = plan_stack(values)
-    console.line(f"kvrelay up, {describe(plan)}")
+    console.line(f"kvrelay {command}, {describe(plan)}")
     console.phase("checks", "model, ports, device, memory", seconds=time.monotonic() - began)
 
     def on_ready() -> None:

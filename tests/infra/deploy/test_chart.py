@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 from cli_flags import parse
-from helm_library import CHART, EXAMPLES, HelmError
+from helm_library import CHART, EXAMPLES, HelmError, example_values
 
 CERTIFICATES = ("--tls-cert", "--tls-key", "--join-tls-cert", "--join-tls-key", "--join-tls-ca",
                 "--router-ca", "--router-cert", "--router-key")  # fmt: skip
@@ -19,7 +19,7 @@ VARIANTS = {
     },
     "hub": {"model": {"reference": "Qwen/Qwen3-0.6B", "revision": "c" * 40}},
     "s3": {"model": {"reference": "s3://bucket/qwen3"}},
-    **{path.stem: yaml.safe_load(path.read_text()) for path in sorted(EXAMPLES.glob("*.yaml"))},
+    **example_values(),
 }
 
 
@@ -292,6 +292,10 @@ def test_the_service_monitor_finds_one_service(helm):
     [
         ({"model": {"reference": "Qwen/Qwen3-0.6B"}}, "no commit of Qwen/Qwen3-0.6B"),
         ({"model": {"reference": "Qwen/Qwen3-0.6B", "revision": "main"}}, '"main" is no commit'),
+        (
+            yaml.safe_load((EXAMPLES / "eks-efa.yaml").read_text()),
+            "no commit of meta-llama/Llama-3.1-8B-Instruct",
+        ),
         ({"model": {"reference": "/models/a"}}, '/models/a" is on no volume'),
         ({"image": {"router": {"tag": "latest"}}}, "tag"),
         ({"fabric": {"class": "infiniband"}}, "class"),

@@ -14,10 +14,14 @@ from certificates import Authority
 from cli_flags import parse
 from router_process import start_router, stop
 
+from kvrelay.cli.container import PORT_VARIABLES, read_port
+
 ROOT = Path(__file__).parents[3]
 DOCKER = ROOT / "infra" / "docker"
 HEALTHCHECK = DOCKER / "healthcheck.py"
 FILES = sorted(DOCKER.glob("*.Dockerfile"))
+IMAGES = {"router": "router", "worker": "worker", "one-container": "worker"}
+"""Targets, and the Dockerfile of each; a file's own name is what it builds without `--target`."""
 
 
 def instructions(file):
@@ -27,12 +31,30 @@ def instructions(file):
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
 
 
-def last_stage(file):
-    """Of the final image, by instruction; the last one of a kind wins."""
-    found = {}
+def stages(file):
+    """Each stage's name, what it is built from and its instructions by name, the last of a kind."""
+    found = []
     for name, value in instructions(file):
-        found = {} if name == "FROM" else found | {name: value}
+        if name == "FROM":
+            source, _, alias = value.partition(" AS ")
+            found.append((alias or file.stem, source, {}))
+        elif found:
+            found[-1][2][name] = value
     return found
+
+
+def image(target):
+    """What the image of a target ends up with, by instruction."""
+    by_name = {name: (source, own) for name, source, own in stages(dockerfile(target))}
+    found = {}
+    while target in by_name:
+        target, own = by_name[target]
+        found = own | found
+    return found
+
+
+def dockerfile(target):
+    return DOCKER / f"{IMAGES[target]}.Dockerfile"
 
 
 def check(role, port):
@@ -53,20 +75,50 @@ def test_hadolint_has_nothing_to_say(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_an_image_is_stopped_by_sigterm_runs_as_nobody_and_checks_itself(file):
-    stage = last_stage(file)
-    assert int(stage["USER"].split(":")[0]) >= 10000
-    assert stage["STOPSIGNAL"] == "SIGTERM"
-    # Exec form, and an init: SIGTERM reaches the process, and one without a handler still ends.
-    assert stage["ENTRYPOINT"] == '["tini", "--", "kvrelay"]'
-    assert '"kvrelay-healthcheck"' in stage["HEALTHCHECK"]
+def test_without_a_target_a_file_builds_what_it_is_called_after(file):
+    assert stages(file)[-1][0] == file.stem
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_an_images_command_is_one_that_kvrelay_has(file):
-    arguments = re.findall(r'"([^"]+)"', last_stage(file)["CMD"])
-    environ = {} if arguments[0] == "router" else {"KVRELAY_JOIN": "router:8001"}
+@pytest.mark.parametrize("target", IMAGES)
+def test_an_image_is_stopped_by_sigterm_runs_as_nobody_and_checks_itself(target):
+    found = image(target)
+    user = found["USER"]
+    if user == "${RUN_AS}":
+        user = found["ARG"].removeprefix("RUN_AS=")
+    assert int(user.split(":")[0]) >= 10000
+    assert found["STOPSIGNAL"] == "SIGTERM"
+    assert '"kvrelay-healthcheck"' in found["HEALTHCHECK"]
+
+
+@pytest.mark.parametrize("target", ["router", "worker"])
+def test_sigterm_reaches_the_process_and_one_without_a_handler_still_ends(target):
+    assert image(target)["ENTRYPOINT"] == '["tini", "--", "kvrelay"]'
+
+
+def test_what_sagemaker_runs_is_the_command_without_tini():
+    """`docker run IMAGE serve`; its documentation excludes tini as the entry point."""
+    found = image("one-container")
+    assert found["ENTRYPOINT"] == '["kvrelay"]'
+    assert found["CMD"] == '["serve"]'
+    assert found["LABEL"] == "com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true"
+
+
+@pytest.mark.parametrize("target", IMAGES)
+def test_an_images_command_is_one_that_kvrelay_has(target):
+    arguments = re.findall(r'"([^"]+)"', image(target)["CMD"])
+    environ = {"KVRELAY_JOIN": "router:8001"} if arguments[0] == "decode" else {}
     parse(arguments, environ)
+
+
+def test_the_one_container_has_router_and_worker():
+    (install,) = [
+        value
+        for name, value in instructions(dockerfile("one-container"))
+        if name == "RUN" and "[all,aws]" in value
+    ]
+    assert "pip install" in install
+    assert image("one-container")["COPY"] == "--from=build-one /opt/kvrelay /opt/kvrelay"
+    assert image("worker")["COPY"] == "--from=build /opt/kvrelay /opt/kvrelay"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -146,6 +198,22 @@ def test_a_worker_is_healthy_while_it_is_connected_to_a_router(router):
     deadline = time.monotonic() + 60
     while check("worker", router.join_port)[0] == 0:
         assert time.monotonic() < deadline
+
+
+def test_one_container_is_healthy_once_its_model_answers(router):
+    code, said = check("serve", router.port)
+    assert (code, said) == (1, "it is not ready: no_decode_worker")
+
+
+@pytest.mark.parametrize("name", PORT_VARIABLES)
+def test_the_check_asks_where_the_command_listens(name, unused_port):
+    environ = {name: str(unused_port)}
+    assert read_port(None, environ) == unused_port
+    ran = subprocess.run(
+        [sys.executable, HEALTHCHECK, "serve"],
+        env=environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"port {unused_port}" in ran.stdout
 
 
 def test_a_role_nobody_has_is_an_error():

@@ -8,10 +8,12 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from helm_library import EXAMPLES, TOOLS
+from helm_library import TOOLS, example_values
 
-VARIANTS = {"defaults": {}, "keda": {"keda": {"enabled": True}, "router": {"replicas": 3}}} | {
-    path.stem: yaml.safe_load(path.read_text()) for path in sorted(EXAMPLES.glob("*.yaml"))
+VARIANTS = {
+    "defaults": {},
+    "keda": {"keda": {"enabled": True}, "router": {"replicas": 3}},
+    **example_values(),
 }
 CUSTOM = {"ScaledObject", "ServiceMonitor", "PrometheusRule"}
 VALIDATOR = Path(__file__).parents[2] / "support" / "custom_resources.mjs"

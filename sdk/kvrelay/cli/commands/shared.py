@@ -3,6 +3,8 @@
 Defaults repeat those of `RouterConfig` and `WorkerConfig`; a test holds them equal.
 """
 
+from dataclasses import replace
+
 from kvrelay.cli.flags import (
     Bounds,
     Flag,
@@ -140,6 +142,12 @@ TRANSFER = (
     Flag("--staging-buffers", "staging buffers per worker", integer(2), 32, "transfer", "N"),
 )  # fmt: skip
 
+_ALONE = replace(
+    TRANSFER[0],
+    parse=choice("ucx", "inproc"),
+    help="how KV blocks travel: ucx, or inproc for a worker that is the only one",
+)
+
 POOLS = (
     Flag("--prefill", "prefill workers", integer(0, 64), 1, "pools", "N"),
     Flag("--decode", "decode workers", integer(1, 64), 1, "pools", "N"),
@@ -177,10 +185,14 @@ SUPERVISED = Flag(
     "--supervised", "print no address: another process does", boolean, False, "http", switch=True
 )
 
+HOSTED = Flag("--ping-while-starting", "serve /ping and /invocations; /ping is this until the model "
+              "can answer: 503, or 204 for RunPod", integer(200, 599), None, "http", "STATUS")  # fmt: skip
+
 ROUTER_FLAGS = (
     *MODEL,
     *HTTP,
     SUPERVISED,
+    HOSTED,
     *JOIN_SERVER,
     *JOIN_SERVER_TLS,
     *REQUESTS,
@@ -188,7 +200,7 @@ ROUTER_FLAGS = (
     *SCALING,
     *TIMES,
 )
-WORKER_FLAGS = (*MODEL, *WEIGHTS, *JOIN_CLIENT, *ENGINE, *TRANSFER, *TIMES)
+WORKER_FLAGS = (*MODEL, *WEIGHTS, *JOIN_CLIENT, *ENGINE, _ALONE, *TRANSFER[1:], *TIMES)
 STACK_FLAGS = (
     *MODEL, *WEIGHTS, *POOLS, *ON_DEMAND, *HTTP, *JOIN_SERVER, *ENGINE, *REQUESTS, *WAKING, *TRANSFER,
     *TIMES,
