@@ -92,7 +92,7 @@ class Starting(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., worker_name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., join_token: _Optional[str] = ..., phase: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., elapsed_seconds: _Optional[float] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "worker_name", "incarnation", "role", "model", "kv_layout", "transport", "transport_address", "max_model_len", "device", "load", "join_token")
+    __slots__ = ("protocol_version", "software_version", "worker_name", "incarnation", "role", "model", "kv_layout", "transport", "transport_address", "max_model_len", "device", "load", "join_token", "weights_id")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class Hello(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     worker_name: str
@@ -119,7 +120,44 @@ class Hello(_message.Message):
     device: str
     load: Load
     join_token: str
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join_token: _Optional[str] = ...) -> None: ...
+    weights_id: str
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join_token: _Optional[str] = ..., weights_id: _Optional[str] = ...) -> None: ...
+
+class WeightsWanted(_message.Message):
+    __slots__ = ("protocol_version", "worker_name", "role", "model", "join_token", "weights_id", "transport", "transport_address")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    worker_name: str
+    role: Role
+    model: str
+    join_token: str
+    weights_id: str
+    transport: str
+    transport_address: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., join_token: _Optional[str] = ..., weights_id: _Optional[str] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ...) -> None: ...
+
+class WeightsFound(_message.Message):
+    __slots__ = ("error", "worker_name", "transport_address", "tag", "ticket", "seconds")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    worker_name: str
+    transport_address: bytes
+    tag: int
+    ticket: bytes
+    seconds: float
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., worker_name: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., tag: _Optional[int] = ..., ticket: _Optional[bytes] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("model_fingerprint", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "protocol_version", "tensor_parallel", "tensor_rank")
@@ -312,7 +350,7 @@ class Drained(_message.Message):
     def __init__(self) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "all_sent", "number")
+    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "all_sent", "offer_weights", "number")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +363,7 @@ class RouterMessage(_message.Message):
     BATCH_FIELD_NUMBER: _ClassVar[int]
     PULSE_FIELD_NUMBER: _ClassVar[int]
     ALL_SENT_FIELD_NUMBER: _ClassVar[int]
+    OFFER_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
@@ -338,8 +377,9 @@ class RouterMessage(_message.Message):
     batch: RouterBatch
     pulse: Pulse
     all_sent: AllSent
+    offer_weights: OfferWeights
     number: int
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., all_sent: _Optional[_Union[AllSent, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., all_sent: _Optional[_Union[AllSent, _Mapping]] = ..., offer_weights: _Optional[_Union[OfferWeights, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class RouterBatch(_message.Message):
     __slots__ = ("messages",)
@@ -458,6 +498,22 @@ class Pulse(_message.Message):
     live: _containers.RepeatedScalarFieldContainer[int]
     stalled: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, live: _Optional[_Iterable[int]] = ..., stalled: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class OfferWeights(_message.Message):
+    __slots__ = ("worker_name", "weights_id", "transport_address", "tag", "ticket", "seconds")
+    WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    worker_name: str
+    weights_id: str
+    transport_address: bytes
+    tag: int
+    ticket: bytes
+    seconds: float
+    def __init__(self, worker_name: _Optional[str] = ..., weights_id: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., tag: _Optional[int] = ..., ticket: _Optional[bytes] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("grace_seconds",)

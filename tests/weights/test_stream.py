@@ -211,7 +211,7 @@ def test_without_a_manifest_no_request_is_larger_than_a_part():
 
 
 def test_the_flags_repeat_the_defaults():
-    from kvrelay.cli.processes import stream_options
+    from kvrelay.cli.weight_source import stream_options
     from kvrelay.cli.stack import defaults
 
     assert stream_options(defaults()) == StreamOptions()

@@ -34,8 +34,7 @@ async def make_kit(
         TransportMisconfigured: the environment leaves no usable transport.
     """
     ours = layout_from_message(layout)
-    uri = transport if "://" in transport else f"{transport}://"
-    endpoint = create_transport(uri)
+    endpoint = create_transport(transport)
     await endpoint.start()
     # The header comes on top: blocks are powers of two, and one that just does not fit halves messages.
     nbytes = HEADER_SIZE + max(staging_bytes, ours.layer_block_bytes, _RECORD_BYTES)

@@ -198,7 +198,7 @@ def register_transport(scheme: str, module: str, name: str) -> None:
 
 
 def create_transport(uri: str) -> KVTransport:
-    """Build the transport a URI names; it is not started yet.
+    """Build the transport that a URI, or just its scheme, names; it is not started yet.
 
     `inproc://`, or `ucx://` with the options of `UcxOptions` as a query:
     `ucx://?tls=tcp&devices=eth0`.
@@ -207,7 +207,7 @@ def create_transport(uri: str) -> KVTransport:
         TransportMisconfigured: unknown scheme, unknown or malformed option, or a package that is
             not installed.
     """
-    parts = urlsplit(uri)
+    parts = urlsplit(uri if "://" in uri else f"{uri}://")
     if parts.scheme not in _SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in sorted(_SCHEMES))
         raise TransportMisconfigured(f"no transport for {uri!r}; known: {known}")

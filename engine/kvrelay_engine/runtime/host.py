@@ -47,6 +47,8 @@ class Advertisement:
     kv_layout: pb.KvLayout
     transport: str
     transport_address: bytes
+    weights_id: str = ""
+    """Of the weights it can send to others."""
 
 
 class Worker(Protocol):
@@ -90,6 +92,8 @@ class WorkerHost:
     engine: Engine
     phases: Phases
     incarnation: int = field(default_factory=lambda: secrets.randbits(64))
+    on_weights_offer: Callable[[pb.OfferWeights], None] | None = None
+    """Told who may read this worker's weights."""
     _worker: Worker | None = None
     _advertisement: Advertisement | None = None
     _shutdown: asyncio.Event | None = None
@@ -222,6 +226,7 @@ class WorkerHost:
             device=self.config.device,
             load=self._load(),
             join_token=self.config.join_token,
+            weights_id=self._advertisement.weights_id,
         )
 
     def heartbeat(self, session: int) -> pb.Heartbeat:
@@ -232,6 +237,9 @@ class WorkerHost:
         match message.WhichOneof("message"):
             case "drain":
                 self._shutdown.set()
+            case "offer_weights":
+                if self.on_weights_offer is not None:
+                    self.on_weights_offer(message.offer_weights)
             case "pulse":
                 self._unknown[session] = self._worker.pulse(message.pulse, session)
             case _:
