@@ -53,7 +53,7 @@ class ResidentWeights:
         self._identity = source.identity
         self._spans: dict[str, list[_Span]] = {}
         device = weights.embedding.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _copy_stream(device)
         for part, origin in _origins(weights, config):
             self._add(part.name, source.tensors[part.name], origin)
         for spans in self._spans.values():
@@ -108,9 +108,15 @@ class ResidentWeights:
         # A stream of its own: the copy waits for no step, and no step for it.
         with torch.cuda.stream(self._stream):
             rows = span.origin.rows(first, last).to("cpu", span.dtype).contiguous()
-        content = memoryview(rows.view(-1).view(torch.uint8).numpy())
+        content: memoryview = rows.view(-1).view(torch.uint8).numpy().data
         shift = first * span.row_bytes
         return content[low - shift : high - shift]
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch leaves it so
 
 
 def _origins(weights: DecoderWeights, config: ModelConfig) -> Iterator[tuple[Part, _Origin]]:

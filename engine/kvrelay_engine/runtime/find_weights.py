@@ -58,7 +58,9 @@ class WeightSearch:
         for router in self._routers:
             try:
                 with dial(router, self._tls) as channel:
-                    found = rpc.FleetStub(channel).FindWeights(question, timeout=ASK_S)
+                    found: pb.WeightsFound = rpc.FleetStub(channel).FindWeights(
+                        question, timeout=ASK_S
+                    )
             except grpc.RpcError as error:
                 # It restarts, or is older than this question.
                 log.info("%s does not say who has the weights: %s", router, error)

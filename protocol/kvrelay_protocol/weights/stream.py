@@ -17,12 +17,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvrelay_protocol.errors import InvalidModel
 from kvrelay_protocol.weights.header import StoredTensor
 from kvrelay_protocol.weights.kept import KeptFiles
 from kvrelay_protocol.weights.manifest import Manifest
 from kvrelay_protocol.weights.plan import Part, Segment, plan_segments
 from kvrelay_protocol.weights.rate import RateMeter
-from kvrelay_protocol.errors import InvalidModel
 from kvrelay_protocol.weights.source import SAMPLE_BYTES, LoadReport, PeerShare, sample_offsets
 
 MiB = 1024 * 1024

@@ -153,8 +153,8 @@ class PeerReader:
 
     async def _end(self) -> None:
         self.give_up("this start is over")
-        while self._waiting:
-            await asyncio.sleep(_LOOK_S)
+        for _ in range(REQUESTS):
+            await self._slots.acquire()
         await self._transport.abort()
 
     async def _watch(self) -> None:

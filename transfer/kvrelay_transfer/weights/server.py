@@ -214,7 +214,7 @@ class WeightServer:
         await self._say(offer, tag, view)
         offer.sent += len(view)
         if self._busy():
-            await asyncio.sleep((time.monotonic() - begun) * (1 / BUSY_SHARE - 1))
+            await asyncio.sleep(pause_s(time.monotonic() - begun))
 
     def _fill(self, request: OpenedRequest, index: int) -> "asyncio.Future[memoryview]":
         """Bytes of message `index` of a range, in the buffer whose turn it is."""
@@ -235,6 +235,11 @@ def serve_weights(
 ) -> WeightServer | None:
     """A server where there is something to serve."""
     return WeightServer(transport, weights, busy=busy) if weights and weights.identity else None
+
+
+def pause_s(sending_s: float) -> float:
+    """How long a busy worker rests after sending for `sending_s`."""
+    return sending_s * (1 / BUSY_SHARE - 1)
 
 
 def _be_nice() -> None:
