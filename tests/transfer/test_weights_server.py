@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import random
 import secrets
 from collections.abc import Callable
 
@@ -24,8 +25,10 @@ from kvrelay_transfer.weights.wire import (
     weights_key,
 )
 
+UNIT = 10 * 1024
+"""More than the in-process transport copies at once: a send of it waits for a receive."""
 IDENTITY = "f" * 32
-CONTENT = bytes((i * 7 + i // 251) % 256 for i in range(3 * MESSAGE_BYTES + 17))
+CONTENT = random.Random(3).randbytes(3 * UNIT + 17)
 
 
 class Content:
@@ -55,12 +58,12 @@ class Reader:
         """The verdict, and the data's buffer where it is a yes."""
         self.number = self.number + 1 if number is None else number
         answer, data = secrets.randbits(64), secrets.randbits(64)
-        request = Request(self.number, file, start, nbytes, answer, data, identity)
+        request = Request(self.number, file, start, nbytes, answer, data, identity, UNIT)
         got, into = bytearray(MAX_ANSWER_BYTES), bytearray(nbytes)
         waiting = self.transport.receive(answer, got)
         pieces = [
-            self.transport.receive(data, memoryview(into)[at : at + MESSAGE_BYTES])
-            for at in range(0, nbytes, MESSAGE_BYTES)
+            self.transport.receive(data, memoryview(into)[at : at + UNIT])
+            for at in range(0, nbytes, UNIT)
         ]
         await self.transport.send(self.server, self.tag, request.pack(key or self.key))
         size = await asyncio.wait_for(waiting.wait(), 60)
@@ -108,7 +111,7 @@ async def serving(pair):
 async def test_a_reader_with_a_ticket_gets_every_byte(serving):
     _, _, offer = serving
     reader = offer()
-    for start, nbytes in ((0, len(CONTENT)), (5, 1), (MESSAGE_BYTES - 1, MESSAGE_BYTES + 2)):
+    for start, nbytes in ((0, len(CONTENT)), (5, 1), (UNIT - 1, UNIT + 2)):
         verdict, found = await reader.ask(start, nbytes)
         assert verdict is Verdict.YES
         assert found == CONTENT[start : start + nbytes]
@@ -216,7 +219,7 @@ async def test_a_reader_that_goes_frees_the_turn(serving):
     _, _, offer = serving
     reader, other = offer(), offer()
     answer, data = secrets.randbits(64), secrets.randbits(64)
-    request = Request(1, "m", 0, len(CONTENT), answer, data, IDENTITY)
+    request = Request(1, "m", 0, len(CONTENT), answer, data, IDENTITY, UNIT)
     received = reader.transport.receive(answer, bytearray(MAX_ANSWER_BYTES))
     await reader.transport.send(reader.server, reader.tag, request.pack(reader.key))
     await asyncio.wait_for(received.wait(), 60)
@@ -281,9 +284,17 @@ def test_a_short_request_is_malformed(cut):
     assert OpenedRequest.unpack(request().pack(KEY)[:cut], KEY) is Verdict.MALFORMED
 
 
-@pytest.mark.parametrize("nbytes", [0, 1 << 41])
-def test_a_range_has_some_bytes_and_not_all_the_world(nbytes):
-    assert OpenedRequest.unpack(request(nbytes=nbytes).pack(KEY), KEY) is Verdict.MALFORMED
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"nbytes": 0},
+        {"nbytes": 1 << 41},
+        {"message_bytes": 0},
+        {"message_bytes": MESSAGE_BYTES + 1},
+    ],
+)
+def test_a_range_has_some_bytes_and_not_all_the_world(sizes):
+    assert OpenedRequest.unpack(request(**sizes).pack(KEY), KEY) is Verdict.MALFORMED
 
 
 @pytest.mark.parametrize(

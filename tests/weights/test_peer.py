@@ -213,7 +213,11 @@ def test_a_loaded_model_gives_back_the_bytes_of_its_files(family, native, monkey
         assert weights.has(file, begin, size)
         assert not weights.has(file, begin - 1, size)
         assert not weights.has(file, begin, size + 1)
-        ranges = [(begin, size), *((a + 3, min(b + 5, size)) for a, b in tensors[:9]), (size - 1, size)]
+        ranges = [
+            (begin, size),
+            *((a + 3, min(b + 5, size)) for a, b in tensors[:9]),
+            (size - 1, size),
+        ]
         for start, end in ranges:
             into = bytearray(end - start)
             weights.read(file, start, memoryview(into))

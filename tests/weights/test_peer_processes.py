@@ -2,15 +2,13 @@
 
 import hashlib
 import random
-import secrets
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from memory_weights import HEAD, KIB, Memory, checkpoint, in_order
 
+from kvrelay_bench.weights.peer import PeerServer
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import WeightsRefused
 from kvrelay_protocol.weights.manifest import Manifest
@@ -18,7 +16,6 @@ from kvrelay_protocol.weights.peer import PeerFirst
 from kvrelay_protocol.weights.stream import RemoteFiles, StreamedWeights, StreamOptions
 from kvrelay_transfer.weights.client import UNHURRIED, Patience, PeerReader
 
-MAIN = Path(__file__).with_name("weights_peer_main.py")
 MIB = 1024 * KIB
 
 
@@ -59,43 +56,6 @@ class Model:
         return report
 
 
-class Peer:
-    """The process; see weights_peer_main.py."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(MAIN), str(path), identity],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.address = bytes.fromhex(self.process.stdout.readline())
-
-    def offer(self, reader: PeerReader, weights_id: str, *, ticket=None, told=None) -> None:
-        """As the router does: both sides get the same; `told` and `ticket` differ for a bad one."""
-        found = pb.WeightsFound(
-            worker_name="decode-0",
-            transport_address=self.address,
-            tag=secrets.randbits(64),
-            ticket=secrets.token_bytes(32),
-            seconds=60.0,
-        )
-        offer = pb.OfferWeights(
-            worker_name="decode-1",
-            weights_id=told or weights_id,
-            transport_address=reader.address,
-            tag=found.tag,
-            ticket=ticket or found.ticket,
-            seconds=found.seconds,
-        )
-        self.process.stdin.write(offer.SerializeToString().hex() + "\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "offered\n"
-        reader.read_from(found, weights_id)
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.communicate(timeout=60)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return Model(tmp_path_factory.mktemp("model"))
@@ -104,9 +64,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shared_peer(model):
     """For the tests that leave it alive: starting one is most of what they take."""
-    peer = Peer(model.path, model.identity)
-    yield peer
-    peer.stop()
+    with PeerServer(model.path, model.identity) as peer:
+        yield peer
     assert peer.process.returncode == 0
 
 
@@ -116,38 +75,38 @@ def fresh(model):
 
 
 def reader_of():
-    return PeerReader("ucx", UNHURRIED)
+    return PeerReader("ucx", UNHURRIED, message_bytes=256 * KIB)
 
 
 def test_every_byte_comes_from_the_peer(model, shared_peer):
     reader = reader_of()
-    shared_peer.offer(reader, model.identity)
+    shared_peer.offer(reader)
     report = model.load(reader)
     assert model.store.asked == []
-    assert report.peer.worker.startswith("decode-0 over tcp/")
+    assert report.peer.worker.startswith("peer over tcp/")
     assert report.resumed == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"ticket": bytes(32)}, "worker decode-0 refuses: wrong_ticket"),
-        ({"told": "other"}, "worker decode-0 refuses: other_weights"),
+        ({"ticket": bytes(32)}, "worker peer refuses: wrong_ticket"),
+        ({"identity": "other"}, "worker peer refuses: other_weights"),
     ],
 )
 def test_a_refused_reader_takes_the_store(model, shared_peer, changes, reason):
     reader = reader_of()
-    shared_peer.offer(reader, model.identity, **changes)
+    shared_peer.offer(reader, **changes)
     report = model.load(reader)
     assert report.peer.nbytes == 0
     assert report.lines()[0].endswith(f"from s3://b/m ({reason})")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_peer_that_is_killed_costs_no_byte(model, seed):
-    peer = Peer(model.path, model.identity)
+    peer = PeerServer(model.path, model.identity)
     reader = reader_of()
-    peer.offer(reader, model.identity)
+    peer.offer(reader)
     moment = random.Random(seed).randrange(2, 16)
 
     def kill(number: int) -> None:
@@ -162,7 +121,7 @@ def test_a_peer_that_is_killed_costs_no_byte(model, seed):
 
 def test_a_peer_that_stands_still_is_given_up(model, shared_peer):
     reader = PeerReader("ucx://?cancel_grace_s=0.3", UNHURRIED)
-    shared_peer.offer(reader, model.identity)
+    shared_peer.offer(reader)
 
     def stop(number: int) -> None:
         if number == 5:

@@ -124,10 +124,10 @@ async def test_who_could_not_join_hears_nothing(fleet, caplog, changes, code, wo
         assert not [m for m in d0.seen if m.WhichOneof("message") == "offer_weights"]
 
 
-def search(*ports: int, token: str = "open sesame") -> WeightSearch:
+def search(*ports: int, join_token: str = CONFIG.join_token) -> WeightSearch:
     routers = tuple(f"127.0.0.1:{port}" for port in ports)
     return WeightSearch(routers, None, name="d9", role=pb.ROLE_DECODE, model="demo",
-                        join_token=token, transport="inproc")  # fmt: skip
+                        join_token=join_token, transport="inproc")  # fmt: skip
 
 
 async def test_a_worker_asks_one_router_after_the_other(fleet):
@@ -147,4 +147,4 @@ async def test_a_worker_asks_one_router_after_the_other(fleet):
 async def test_a_worker_that_a_router_does_not_know_learns_why(fleet):
     server, _ = fleet
     with pytest.raises(Unauthorized, match="join_token"):
-        await asyncio.to_thread(search(server.port, token="guess").ask, "w")
+        await asyncio.to_thread(search(server.port, join_token="guess").ask, "w")

@@ -53,17 +53,21 @@ UNHURRIED = Patience(window_s=60.0, least_bytes=1)
 class PeerReader:
     """A `PeerRanges`. Made in three steps: transport, offer (whoever made it asks the router), reading."""
 
-    def __init__(self, uri: str, patience: Patience | None = None) -> None:
+    def __init__(
+        self, uri: str, patience: Patience | None = None, *, message_bytes: int = MESSAGE_BYTES
+    ) -> None:
         """Start a transport.
 
         Args:
             uri: of the transport that KV travels over.
             patience: with a slow peer.
+            message_bytes: what bytes come in, at most `MESSAGE_BYTES`.
 
         Raises:
             TransportMisconfigured: the environment leaves no usable transport.
         """
         self._patience = patience or Patience()
+        self._message_bytes = message_bytes
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="weights from peer", daemon=True)
         self._thread.start()
@@ -78,6 +82,7 @@ class PeerReader:
         self._waiting = 0
         """Ranges under way."""
         self._lanes = ""
+        self._watching: asyncio.Task[None] | None = None
         try:
             self._transport = self._call(self._start(uri), _START_S)
         except BaseException:
@@ -99,7 +104,7 @@ class PeerReader:
         """
         self._key = weights_key(found.ticket)
         self._found, self._weights_id = found, weights_id
-        asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        self._call(self._begin_watch())
 
     # ---- PeerRanges
 
@@ -155,7 +160,12 @@ class PeerReader:
         self.give_up("this start is over")
         for _ in range(REQUESTS):
             await self._slots.acquire()
+        if self._watching is not None:
+            await self._watching
         await self._transport.abort()
+
+    async def _begin_watch(self) -> None:
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
         """Gives a peer up that is lost, or slow while somebody waits."""
@@ -187,10 +197,18 @@ class PeerReader:
     ) -> int:
         answer_tag, data_tag = secrets.randbits(64), secrets.randbits(64)
         answer = bytearray(MAX_ANSWER_BYTES)
+        size = self._message_bytes
         request = Request(
-            next(self._numbers), file, start, len(into), answer_tag, data_tag, self._weights_id
+            next(self._numbers),
+            file,
+            start,
+            len(into),
+            answer_tag,
+            data_tag,
+            self._weights_id,
+            size,
         )
-        ends = [*range(MESSAGE_BYTES, len(into), MESSAGE_BYTES), len(into)]
+        ends = [*range(size, len(into), size), len(into)]
         posted: list[Receive] = [self._transport.receive(answer_tag, answer)]
         done = 0
         try:
@@ -198,12 +216,12 @@ class PeerReader:
             posted += [self._transport.receive(data_tag, into[a:b]) for a, b in begins]
             await self._ask(request, posted[0], answer)
             for receive, end in zip(posted[1:], ends, strict=True):
-                size = await self._unless_gone(receive)
-                if size != end - done:
-                    raise WeightsRefused(f"a message of {size} bytes, {end - done} were asked for")
+                came = await self._unless_gone(receive)
+                if came != end - done:
+                    raise WeightsRefused(f"a message of {came} bytes, {end - done} were asked for")
                 done = end
-                self._moved += size
-                received(size)
+                self._moved += came
+                received(came)
         except _NotHere:
             pass
         except TransferError as error:

@@ -197,9 +197,9 @@ class WeightServer:
         await self._say(offer, request.answer_tag, answer)
         filling = self._fill(request, 0)
         try:
-            for index in range(-(-request.nbytes // MESSAGE_BYTES)):
+            for index in range(-(-request.nbytes // request.message_bytes)):
                 view = await filling
-                if (index + 1) * MESSAGE_BYTES < request.nbytes:
+                if (index + 1) * request.message_bytes < request.nbytes:
                     # Into the other buffer: what it held has left it.
                     filling = self._fill(request, index + 1)
                 await self._send_message(offer, request.data_tag, view)
@@ -218,10 +218,10 @@ class WeightServer:
 
     def _fill(self, request: OpenedRequest, index: int) -> "asyncio.Future[memoryview]":
         """Bytes of message `index` of a range, in the buffer whose turn it is."""
-        at = index * MESSAGE_BYTES
+        at = index * request.message_bytes
         if not self._buffers:
             self._buffers = tuple(memoryview(bytearray(MESSAGE_BYTES)) for _ in range(2))
-        view = self._buffers[index % 2][: min(MESSAGE_BYTES, request.nbytes - at)]
+        view = self._buffers[index % 2][: min(request.message_bytes, request.nbytes - at)]
 
         def read() -> memoryview:
             self._weights.read(request.file, request.start + at, view)

@@ -4,7 +4,7 @@
  reader                                             server
    │ REQUEST(number, file, start, bytes, two tags) ────► on the offer's tag, one after the other
    │ ◄───────────────────────────── ANSWER(yes, or why not) on the request's answer tag
-   │ ◄══════════════ MESSAGE_BYTES, MESSAGE_BYTES, ... rest on its data tag
+   │ ◄═══════════════ messages of the size asked for, and a rest, on its data tag
 ```
 
 Requests and answers end in a BLAKE2b-128 under a key of the offer's ticket. The data has none: its reader
@@ -22,12 +22,13 @@ from kvrelay_protocol.errors import WeightsRefused
 from kvrelay_transfer.digest import DIGEST_SIZE, mac
 from kvrelay_transfer.ticket import TICKET_SIZE
 
-MESSAGE_BYTES = 1024 * 1024
-"""Data travels in messages of this size: what KV may have to wait for, and what a lost peer costs twice."""
+MESSAGE_BYTES = 4 * 1024 * 1024
+"""The largest message of data, as large as one of KV: what KV may have to wait for, and what a lost peer
+costs twice."""
 MAX_REQUEST_BYTES = 2048
 MAX_ANSWER_BYTES = 512
 MAX_RANGE_BYTES = 1 << 40
-_REQUEST = struct.Struct("<4sHHQQQQQ16s")
+_REQUEST = struct.Struct("<4sHHIQQQQQ16s")
 _ANSWER = struct.Struct("<4sHHQ")
 _REQUEST_MAGIC, _ANSWER_MAGIC = b"KVWQ", b"KVWA"
 _VERSION = 1
@@ -59,6 +60,8 @@ class Request:
     answer_tag: int
     data_tag: int
     weights_id: str
+    message_bytes: int = MESSAGE_BYTES
+    """Of every message but the last."""
 
     def pack(self, key: bytes) -> bytes:
         name = self.file.encode()
@@ -66,6 +69,7 @@ class Request:
             _REQUEST_MAGIC,
             _VERSION,
             len(name),
+            self.message_bytes,
             self.number,
             self.start,
             self.nbytes,
@@ -87,13 +91,14 @@ class OpenedRequest:
     answer_tag: int
     data_tag: int
     identity: bytes
+    message_bytes: int
 
     @classmethod
     def unpack(cls, content: bytes, key: bytes) -> Self | Verdict:
         """The request, or why it is none."""
         if not _REQUEST.size + DIGEST_SIZE <= len(content) <= MAX_REQUEST_BYTES:
             return Verdict.MALFORMED
-        magic, version, name_size, number, start, nbytes, answer_tag, data_tag, identity = (
+        magic, version, name_size, message_bytes, number, start, nbytes, *tags, identity = (
             _REQUEST.unpack_from(content)
         )
         name = content[_REQUEST.size : -DIGEST_SIZE]
@@ -101,15 +106,15 @@ class OpenedRequest:
             return Verdict.MALFORMED
         if not compare_digest(mac(key, content[:-DIGEST_SIZE]), content[-DIGEST_SIZE:]):
             return Verdict.WRONG_TICKET
-        if not 0 < nbytes <= MAX_RANGE_BYTES:
+        if not (0 < nbytes <= MAX_RANGE_BYTES and 0 < message_bytes <= MESSAGE_BYTES):
             return Verdict.MALFORMED
         file = name.decode(errors="replace")
-        return cls(number, file, start, nbytes, answer_tag, data_tag, identity)
+        return cls(number, file, start, nbytes, tags[0], tags[1], identity, message_bytes)
 
 
 def answer_tag_of(content: bytes) -> int | None:
     """Where the maker of this request waits for an answer, if it is whole enough to say so."""
-    return _REQUEST.unpack_from(content)[6] if len(content) >= _REQUEST.size else None
+    return _REQUEST.unpack_from(content)[7] if len(content) >= _REQUEST.size else None
 
 
 def pack_answer(number: int, verdict: Verdict, key: bytes) -> bytes:
