@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from memory_weights import HEAD, KIB, Memory, checkpoint, in_order
-from tiny_models import tiny_model
+from tiny_checkpoints import tiny_checkpoint
 
 from kvrelay_engine.models.resident import ResidentWeights
 from kvrelay_engine.models.weights import load_model_config, load_weights
@@ -190,7 +190,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_start(tmp_path):
 
 
 def resident(family, dtype, quantization=None):
-    folder = DEMO_MODEL_DIR if family == "demo" else tiny_model(family)
+    folder = DEMO_MODEL_DIR if family == "demo" else tiny_checkpoint(family)
     config = load_model_config(folder)
     source = LocalWeights(folder)
     weights = load_weights(
