@@ -151,7 +151,7 @@ def test_a_search_that_fails_is_a_note_and_the_store_has_everything():
 
 def test_nobody_has_them():
     _, report, _, _ = loaded(lambda content: None)
-    assert report.lines()[0].endswith("from s3://b/m (no other worker has them)")
+    assert report.lines()[0].endswith("from s3://b/m (no other worker is known to have them)")
 
 
 def test_an_identity_is_that_of_the_bytes():

@@ -1,9 +1,12 @@
 """The stream by itself, over a fetcher that the test holds: order, memory, and who waits for whom."""
 
+from pathlib import Path
+
 import pytest
 from memory_weights import HEAD, KIB, LAYERS, Memory, checkpoint, in_order
 
 from kvrelay_protocol.errors import InvalidModel
+from kvrelay_protocol.model_files import ModelFiles
 from kvrelay_protocol.weights.plan import plan_segments
 from kvrelay_protocol.weights.rate import SLOT_S, RateMeter
 from kvrelay_protocol.weights.source import LoadReport, layer_order
@@ -176,3 +179,6 @@ def test_the_flags_repeat_the_defaults():
 
     assert stream_options(defaults()) == StreamOptions()
     assert stream_options(defaults(link_gbps=8.0)).link_bytes_per_s == 1e9
+    here = ModelFiles("m", Path("folder"))
+    assert stream_options(defaults(), here).keep_in is None
+    assert stream_options(defaults(share_weights="disk"), here).keep_in == Path("folder")

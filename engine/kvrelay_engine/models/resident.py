@@ -107,10 +107,18 @@ class ResidentWeights:
         first, last = low // span.row_bytes, -(-high // span.row_bytes)
         # A stream of its own: the copy waits for no step, and no step for it.
         with torch.cuda.stream(self._stream):
-            rows = span.origin.rows(first, last).to("cpu", span.dtype).contiguous()
+            rows = _on_host(span.origin.rows(first, last), span.dtype)
         content: memoryview = rows.view(-1).view(torch.uint8).numpy().data
         shift = first * span.row_bytes
         return content[low - shift : high - shift]
+
+
+def _on_host(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if rows.device.type == "cpu":
+        return rows.to(dtype).contiguous()
+    # As for KV: one pinned buffer of torch's cache is faster than a copy to pageable memory.
+    pinned = torch.empty(rows.shape, dtype=dtype, pin_memory=True)
+    return pinned.copy_(rows)
 
 
 def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -83,7 +83,7 @@ class PeerFirst(RangeFetcher):
             with self._lock:
                 late = self._closed
             if self._found is None:
-                self._note = "no other worker has them"
+                self._note = "no other worker is known to have them"
             elif late:
                 self._found.close()
         except KvrelayError as error:
