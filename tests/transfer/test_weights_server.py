@@ -174,7 +174,7 @@ async def test_an_offer_that_nobody_uses_ends(serving, monkeypatch):
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", bytes(2048)])
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(2048), bytes(5000)])
 async def test_bytes_that_are_no_request_are_refused(serving, content):
     server, weights, offer = serving
     reader = offer()

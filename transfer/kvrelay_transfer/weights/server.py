@@ -24,7 +24,7 @@ from typing import Protocol
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import TransferCancelled, TransferError
 from kvrelay_transfer.kit import to_the_end
-from kvrelay_transfer.transport import KVTransport, Receive
+from kvrelay_transfer.transport import KVTransport, Receive, Truncated
 from kvrelay_transfer.weights.wire import (
     MAX_REQUEST_BYTES,
     MESSAGE_BYTES,
@@ -123,7 +123,11 @@ class WeightServer:
         try:
             while True:
                 over = expires + REFUSE_S if not offer.last_number else time.monotonic() + IDLE_S
-                size = await self._within(over, self._transport.receive(tag, buffer))
+                try:
+                    size = await self._within(over, self._transport.receive(tag, buffer))
+                except Truncated:
+                    await self._refuse(offer, Verdict.MALFORMED, None, 0)
+                    continue
                 if size is None:
                     return
                 await self._handle(offer, bytes(buffer[:size]), expires)
