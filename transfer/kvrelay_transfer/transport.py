@@ -22,6 +22,7 @@ __all__ = [
     "Receive",
     "TransportStats",
     "Truncated",
+    "complete_uri",
     "create_transport",
     "readable_bytes",
     "register_transport",
@@ -197,8 +198,13 @@ def register_transport(scheme: str, module: str, name: str) -> None:
     _SCHEMES[scheme] = (module, name)
 
 
+def complete_uri(transport: str) -> str:
+    """The URI of a transport that may be named by its scheme alone."""
+    return transport if "://" in transport else f"{transport}://"
+
+
 def create_transport(uri: str) -> KVTransport:
-    """Build the transport that a URI, or just its scheme, names; it is not started yet.
+    """Build the transport a URI names; it is not started yet.
 
     `inproc://`, or `ucx://` with the options of `UcxOptions` as a query:
     `ucx://?tls=tcp&devices=eth0`.
@@ -207,7 +213,7 @@ def create_transport(uri: str) -> KVTransport:
         TransportMisconfigured: unknown scheme, unknown or malformed option, or a package that is
             not installed.
     """
-    parts = urlsplit(uri if "://" in uri else f"{uri}://")
+    parts = urlsplit(uri)
     if parts.scheme not in _SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in sorted(_SCHEMES))
         raise TransportMisconfigured(f"no transport for {uri!r}; known: {known}")

@@ -30,7 +30,7 @@ def keep(path: Path, identity: str, folder: Path) -> KeptFiles:
 
 
 async def serve(kept: KeptFiles) -> None:
-    transport = create_transport("ucx")
+    transport = create_transport("ucx://")
     await transport.start()
     server = WeightServer(transport, kept, busy=lambda: False)
     print(transport.address.hex(), flush=True)

@@ -18,7 +18,7 @@ from typing import TypeVar
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.errors import KvrelayError, PeerLost, TransferError, WeightsRefused
 from kvrelay_protocol.weights.stream import Received
-from kvrelay_transfer.transport import KVTransport, Receive, create_transport
+from kvrelay_transfer.transport import KVTransport, Receive, complete_uri, create_transport
 from kvrelay_transfer.weights.wire import (
     MAX_ANSWER_BYTES,
     MESSAGE_BYTES,
@@ -59,7 +59,7 @@ class PeerReader:
         """Start a transport.
 
         Args:
-            uri: of the transport that KV travels over.
+            uri: of the transport that KV travels over, or its scheme.
             patience: with a slow peer.
             message_bytes: what bytes come in, at most `MESSAGE_BYTES`.
 
@@ -152,7 +152,7 @@ class PeerReader:
 
     @staticmethod
     async def _start(uri: str) -> KVTransport:
-        transport = create_transport(uri)
+        transport = create_transport(complete_uri(uri))
         await transport.start()
         return transport
 
