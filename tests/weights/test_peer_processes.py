@@ -3,6 +3,7 @@
 import hashlib
 import random
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from memory_weights import HEAD, KIB, Memory, checkpoint, in_order
 
 from kvrelay_bench.weights.peer import PeerServer
 from kvrelay_protocol import fleet_pb2 as pb
-from kvrelay_protocol.errors import WeightsRefused
+from kvrelay_protocol.errors import TransportMisconfigured, WeightsRefused
 from kvrelay_protocol.weights.manifest import Manifest
 from kvrelay_protocol.weights.peer import PeerFirst
 from kvrelay_protocol.weights.stream import RemoteFiles, StreamedWeights, StreamOptions
@@ -141,3 +142,10 @@ def test_a_found_peer_needs_a_ticket():
     reader.close()
     reader.close()
     assert reader.fetch("m", 0, memoryview(bytearray(4)), lambda _: None) == 0
+
+
+def test_a_transport_that_does_not_start_leaves_no_thread():
+    before = threading.active_count()
+    with pytest.raises(TransportMisconfigured, match="no option 'colour'"):
+        PeerReader("ucx://?colour=red")
+    assert threading.active_count() == before

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvrelay_protocol import fleet_pb2 as pb
-from kvrelay_protocol.errors import KvrelayError, PeerLost, TransferError, WeightsRefused
+from kvrelay_protocol.errors import (
+    KvrelayError,
+    PeerLost,
+    TransferError,
+    TransportMisconfigured,
+    WeightsRefused,
+)
 from kvrelay_protocol.weights.stream import Received
 from kvrelay_transfer.transport import KVTransport, Receive, complete_uri, create_transport
 from kvrelay_transfer.weights.wire import (
@@ -51,7 +57,9 @@ UNHURRIED = Patience(window_s=60.0, least_bytes=1)
 
 
 class PeerReader:
-    """A `PeerRanges`. Made in three steps: transport, offer (whoever made it asks the router), reading."""
+    """A `PeerRanges`: made with a transport of its own, whose address the router is asked with; its answer
+    goes to `read_from`, and then ranges can be fetched.
+    """
 
     def __init__(
         self, uri: str, patience: Patience | None = None, *, message_bytes: int = MESSAGE_BYTES
@@ -85,6 +93,9 @@ class PeerReader:
         self._watching: asyncio.Task[None] | None = None
         try:
             self._transport = self._call(self._start(uri), _START_S)
+        except TimeoutError:
+            self._stop_loop()
+            raise TransportMisconfigured(f"{uri} did not start in {_START_S:g} s") from None
         except BaseException:
             self._stop_loop()
             raise
