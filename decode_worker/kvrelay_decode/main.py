@@ -12,6 +12,7 @@ from kvrelay_engine.runtime.startup import Engine, Phases, start_engine
 from kvrelay_protocol import fleet_pb2 as pb
 from kvrelay_protocol.telemetry import Telemetry
 from kvrelay_transfer.setup import make_kit
+from kvrelay_transfer.weights.server import serve_weights
 
 
 def run(config: WorkerConfig) -> int:
@@ -59,9 +60,15 @@ async def serve(
         kv_layout=engine.kv_layout,
         transport=kit.transport.scheme,
         transport_address=kit.transport.address,
+        weights_id=engine.shared_weights.identity if engine.shared_weights else "",
     )
+    weights = serve_weights(kit.transport, engine.shared_weights, lambda: worker.open_sequences > 0)
+    if weights is not None:
+        host.on_weights_offer = weights.offer
     try:
         await host.run(worker, advertisement, scheduler, worker.step, shutdown)
     finally:
+        if weights is not None:
+            await weights.close()
         await kit.close()
         telemetry.shutdown()

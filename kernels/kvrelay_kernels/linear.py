@@ -51,6 +51,12 @@ class LinearWeights:
             return self.data
         return cpu.unpack(self.data, self.dtype, self.outputs, self.width)
 
+    def rows(self, first: int, end: int) -> torch.Tensor:
+        """`[end - first, width]` as stored, without the scale; a copy where the weights are packed."""
+        if self.library is None:
+            return self.data[first:end]
+        return cpu.unpack_rows(self.data, self.dtype, first, end, self.width)
+
 
 def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What a model stored in `dtype` computes in: on a CPU with compiled kernels always float32."""

@@ -25,6 +25,7 @@ KvrelayError
 ├── TransferError                   KV did not arrive; the request is replayed or recomputed
 │   ├── PeerLost, TransferCancelled, CorruptFrame, StaleFrame
 │   ├── LayoutMismatch              two workers that can't exchange blocks
+│   ├── WeightsRefused              a worker does not give another one its weights
 │   └── TransportMisconfigured      the environment forbids every usable transport
 ├── ProviderError                   the platform that runs workers; exit codes below
 │   ├── ProviderUnreachable         12
@@ -248,6 +249,12 @@ class LayoutMismatch(TransferError):
 
     code = "layout_mismatch"
     exit_code = 10
+
+
+class WeightsRefused(TransferError):
+    """A worker does not give its weights: no valid ticket, other weights, or not these bytes."""
+
+    code = "weights_refused"
 
 
 class TransportMisconfigured(TransferError):

@@ -94,7 +94,7 @@ class Starting(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., worker_name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., join_token: _Optional[str] = ..., phase: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., elapsed_seconds: _Optional[float] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "worker_name", "incarnation", "role", "model", "kv_layout", "transport", "transport_address", "max_model_len", "device", "load", "join_token", "asleep")
+    __slots__ = ("protocol_version", "software_version", "worker_name", "incarnation", "role", "model", "kv_layout", "transport", "transport_address", "max_model_len", "device", "load", "join_token", "asleep", "weights_id")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +109,7 @@ class Hello(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ASLEEP_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     worker_name: str
@@ -123,7 +124,44 @@ class Hello(_message.Message):
     load: Load
     join_token: str
     asleep: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join_token: _Optional[str] = ..., asleep: _Optional[bool] = ...) -> None: ...
+    weights_id: str
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join_token: _Optional[str] = ..., asleep: _Optional[bool] = ..., weights_id: _Optional[str] = ...) -> None: ...
+
+class WeightsWanted(_message.Message):
+    __slots__ = ("protocol_version", "worker_name", "role", "model", "join_token", "weights_id", "transport", "transport_address")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    worker_name: str
+    role: Role
+    model: str
+    join_token: str
+    weights_id: str
+    transport: str
+    transport_address: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., join_token: _Optional[str] = ..., weights_id: _Optional[str] = ..., transport: _Optional[str] = ..., transport_address: _Optional[bytes] = ...) -> None: ...
+
+class WeightsFound(_message.Message):
+    __slots__ = ("error", "worker_name", "transport_address", "tag", "ticket", "seconds")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    worker_name: str
+    transport_address: bytes
+    tag: int
+    ticket: bytes
+    seconds: float
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., worker_name: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., tag: _Optional[int] = ..., ticket: _Optional[bytes] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("model_fingerprint", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "protocol_version", "tensor_parallel", "tensor_rank")
@@ -324,7 +362,7 @@ class SleepState(_message.Message):
     def __init__(self, asleep: _Optional[bool] = ..., order: _Optional[int] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "all_sent", "sleep", "wake", "number")
+    __slots__ = ("welcome", "refused", "submit_prefill", "submit_decode", "open_transfer", "resend_kv", "release_kv", "cancel", "drain", "batch", "pulse", "all_sent", "sleep", "wake", "offer_weights", "number")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +377,7 @@ class RouterMessage(_message.Message):
     ALL_SENT_FIELD_NUMBER: _ClassVar[int]
     SLEEP_FIELD_NUMBER: _ClassVar[int]
     WAKE_FIELD_NUMBER: _ClassVar[int]
+    OFFER_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
@@ -354,8 +393,9 @@ class RouterMessage(_message.Message):
     all_sent: AllSent
     sleep: Sleep
     wake: Wake
+    offer_weights: OfferWeights
     number: int
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., all_sent: _Optional[_Union[AllSent, _Mapping]] = ..., sleep: _Optional[_Union[Sleep, _Mapping]] = ..., wake: _Optional[_Union[Wake, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., submit_prefill: _Optional[_Union[SubmitPrefill, _Mapping]] = ..., submit_decode: _Optional[_Union[SubmitDecode, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransfer, _Mapping]] = ..., resend_kv: _Optional[_Union[ResendKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., all_sent: _Optional[_Union[AllSent, _Mapping]] = ..., sleep: _Optional[_Union[Sleep, _Mapping]] = ..., wake: _Optional[_Union[Wake, _Mapping]] = ..., offer_weights: _Optional[_Union[OfferWeights, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class RouterBatch(_message.Message):
     __slots__ = ("messages",)
@@ -486,6 +526,22 @@ class Wake(_message.Message):
     ORDER_FIELD_NUMBER: _ClassVar[int]
     order: int
     def __init__(self, order: _Optional[int] = ...) -> None: ...
+
+class OfferWeights(_message.Message):
+    __slots__ = ("worker_name", "weights_id", "transport_address", "tag", "ticket", "seconds")
+    WORKER_NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    worker_name: str
+    weights_id: str
+    transport_address: bytes
+    tag: int
+    ticket: bytes
+    seconds: float
+    def __init__(self, worker_name: _Optional[str] = ..., weights_id: _Optional[str] = ..., transport_address: _Optional[bytes] = ..., tag: _Optional[int] = ..., ticket: _Optional[bytes] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("grace_seconds",)

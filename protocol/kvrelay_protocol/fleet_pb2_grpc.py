@@ -39,6 +39,11 @@ class FleetStub:
                 request_serializer=kvrelay__protocol_dot_fleet__pb2.WorkerMessage.SerializeToString,
                 response_deserializer=kvrelay__protocol_dot_fleet__pb2.RouterMessage.FromString,
                 _registered_method=True)
+        self.FindWeights = channel.unary_unary(
+                '/kvrelay.fleet.v1.Fleet/FindWeights',
+                request_serializer=kvrelay__protocol_dot_fleet__pb2.WeightsWanted.SerializeToString,
+                response_deserializer=kvrelay__protocol_dot_fleet__pb2.WeightsFound.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -58,6 +63,14 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindWeights(self, request, context):
+        """Before it fetches weights from a store a worker asks who has the same ones. Asked with an address, the
+        router tells that worker (OfferWeights) who is coming, and hands both the same ticket.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -65,6 +78,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Join,
                     request_deserializer=kvrelay__protocol_dot_fleet__pb2.WorkerMessage.FromString,
                     response_serializer=kvrelay__protocol_dot_fleet__pb2.RouterMessage.SerializeToString,
+            ),
+            'FindWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindWeights,
+                    request_deserializer=kvrelay__protocol_dot_fleet__pb2.WeightsWanted.FromString,
+                    response_serializer=kvrelay__protocol_dot_fleet__pb2.WeightsFound.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -94,6 +112,33 @@ class Fleet:
             '/kvrelay.fleet.v1.Fleet/Join',
             kvrelay__protocol_dot_fleet__pb2.WorkerMessage.SerializeToString,
             kvrelay__protocol_dot_fleet__pb2.RouterMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.fleet.v1.Fleet/FindWeights',
+            kvrelay__protocol_dot_fleet__pb2.WeightsWanted.SerializeToString,
+            kvrelay__protocol_dot_fleet__pb2.WeightsFound.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvrelay_protocol.errors import InvalidModel
 from kvrelay_protocol.weights.header import Header, read_header
 from kvrelay_protocol.weights.local import LocalWeights
+from kvrelay_protocol.weights.peer import FindPeer
 from kvrelay_protocol.weights.source import WeightSource
 from kvrelay_protocol.weights.stream import StreamOptions
 
@@ -66,15 +67,21 @@ class ModelFiles:
         objects = self.remote.objects.items()
         return sum(item.size for name, item in objects if name.endswith(".safetensors"))
 
-    def open_weights(self, options: StreamOptions | None = None) -> WeightSource:
+    def open_weights(
+        self, options: StreamOptions | None = None, find_peer: FindPeer | None = None
+    ) -> WeightSource:
         """The weights to read; what is not on this machine begins to arrive.
+
+        Args:
+            options: how.
+            find_peer: asks for another worker to take remote ones from; None: the store has them all.
 
         Raises:
             InvalidModel: they are incomplete, or a file is damaged.
         """
         options = options or StreamOptions()
         if self.remote is not None:
-            return self.remote.stream(options)
+            return self.remote.stream(options, find_peer)
         source = LocalWeights(self.directory, link_bytes_per_s=options.link_bytes_per_s)
         self.read_ahead()
         return source

@@ -31,7 +31,7 @@ def test_every_flag_has_a_variable():
                "tls_key": __file__, "log_requests": "1", "api_key": "k", "join_token": "t",
                "host": "::1", "join_host": "::1", "device": "cpu", "dtype": "float32",
                "transport": "ucx", "require_transport": "rc, tcp", "quantization": "int8", "staging_buffers": "2", "kv_memory": "2MiB",
-               "staging": "1MiB", "max_body": "1MiB"}  # fmt: skip
+               "staging": "1MiB", "max_body": "1MiB", "weights_from": "store", "share_weights": "disk"}  # fmt: skip
     for flag in STACK_FLAGS:
         text = samples.get(flag.dest, "3")
         value = getattr(resolve(STACK_FLAGS, {}, environ={flag.variable: text}), flag.dest)

@@ -1,8 +1,11 @@
 """`kvrelay up s3://...` answers as the local model does, and says what its weights cost."""
 
+import contextlib
+import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import httpx
 from s3_store import model_cache, running_store
@@ -20,6 +23,26 @@ BODY = {
 FLAGS = ("--served-model-name", "m", "--kv-memory", "16MiB")
 
 
+class WeightRequests(logging.Handler):
+    """Counts what the store answers with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        self.count += "GET " in line and "/model.safetensors" in line
+
+
+@contextlib.contextmanager
+def counted_requests() -> Iterator[WeightRequests]:
+    counter, log = WeightRequests(), logging.getLogger("werkzeug")
+    log.addHandler(counter)
+    yield counter
+    log.removeHandler(counter)
+
+
 def ask(url: str) -> str:
     answer = httpx.post(f"{url}/v1/chat/completions", json=BODY | {"model": "m"}, timeout=120)
     assert answer.status_code == 200, answer.text
@@ -34,28 +57,41 @@ def test_a_model_from_s3_answers_like_the_local_one(tmp_path, monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         assert main(["weights", "push", str(DEMO_MODEL_DIR), "s3://models/demo"]) == 0
-        flags = (*FLAGS, "--link-gbps", "10")
-        with running_server("s3://models/demo", *flags, environment=environment) as server:
+        # Nothing is rounded, on whatever CPU; and a peer may be as slow as this machine is.
+        flags = (*FLAGS, "--link-gbps", "10", "--dtype", "float32", "--weights-from", "peer")
+        with (
+            counted_requests() as requests,
+            running_server("s3://models/demo", *flags, environment=environment) as server,
+        ):
             found = ask(server.url)
-            log = server.log.read_text()
+            log, fetched = server.log.read_text(), requests.count
+            # A decode worker that starts again finds a prefill worker with the same weights.
+            server.kill("decode-0")
+            server.wait(lambda: "from peer " in server.log.read_text())
+            server.wait_for_workers("decode-0", "prefill-0")
+            again = ask(server.url)
+            restart = server.log.read_text()[len(log) :]
     for name in environment:
         monkeypatch.delenv(name)
     lines = re.findall(r"weights +7\.\d\d MB in .* of the narrowest link .*s3://models/demo", log)
     assert len(lines) == 2, log
     assert "not verified" not in log
     assert re.search(r"s3://models/demo at revision [0-9a-f]{16}\n", log)
+    peers = r"from peer prefill-0 over tcp/\S+ \(found in \S+ s\), not s3://models/demo\n"
+    assert re.search(peers, restart), restart
+    assert requests.count == fetched > 0
     loads = [span for _, span in sink.spans if span.name == "load weights"]
     sink.close()
-    assert len(loads) == 2
+    assert len(loads) == 3
     for span in loads:
         attributes = {pair.key: pair.value for pair in span.attributes}
         assert attributes["kvrelay.weights.verified"].bool_value
         assert attributes["kvrelay.weights.link_share"].double_value > 0
         assert span.parent_span_id
-    with LLM(DEMO_MODEL_DIR) as local:
+    with LLM(DEMO_MODEL_DIR, dtype="float32") as local:
         params = SamplingParams(temperature=0, max_tokens=BODY["max_tokens"])
         (expected,) = local.chat(BODY["messages"], params, use_tqdm=False)
-    assert found == expected.outputs[0].text
+    assert found == again == expected.outputs[0].text
     assert found
 
 

@@ -194,3 +194,14 @@ def test_an_odd_width_goes_through_torch(dtype):
 def test_activations_are_float32_where_the_kernels_run(library):
     assert activation_dtype(CPU, torch.bfloat16) == torch.float32
     assert activation_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("outputs", [1, 32, 70])
+def test_some_rows_are_those_of_all(dtype, outputs):
+    weight = torch.randn(outputs, 62, generator=torch.Generator().manual_seed(1))
+    weights = pack_linear([weight], device=CPU, dtype=dtype)
+    every = weights.dense()
+    for first in {0, min(31, outputs - 1), min(33, outputs - 1)}:
+        for end in {first + 1, min(first + 32, outputs), outputs}:
+            assert torch.equal(weights.rows(first, end), every[first:end])

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from s3_store import BUCKET, CuttingProxy
-from tiny_models import tiny_model
+from tiny_checkpoints import tiny_checkpoint
 
 from kvrelay.cli.main import main
 from kvrelay_engine.models.weights import load_model_config, load_weights
@@ -102,14 +102,14 @@ def test_no_credentials(store, monkeypatch):
 
 
 def test_an_object_that_changes_during_a_start_is_refused(store):
-    files = resolve_model(store.put_folder(tiny_model(FAMILY), "changing"))
+    files = resolve_model(store.put_folder(tiny_checkpoint(FAMILY), "changing"))
     damage(store, "changing/model.safetensors")
     message = refused(lambda: load(files))
     assert "s3://models/changing/model.safetensors has changed since this start began" in message
 
 
 def test_another_revision_than_the_one_asked_for_is_refused(store):
-    url = store.put_folder(tiny_model(FAMILY), "moving")
+    url = store.put_folder(tiny_checkpoint(FAMILY), "moving")
     before = resolve_model(url).revision
     damage(store, "moving/model.safetensors")
     after = resolve_model(url).revision
@@ -124,7 +124,7 @@ def test_a_versioned_bucket_still_has_what_a_start_was_pinned_to(store):
     store.client.put_bucket_versioning(
         Bucket="versioned", VersioningConfiguration={"Status": "Enabled"}
     )
-    for path in tiny_model(FAMILY).iterdir():
+    for path in tiny_checkpoint(FAMILY).iterdir():
         store.client.put_object(Bucket="versioned", Key=path.name, Body=path.read_bytes())
     files = resolve_model("s3://versioned")
     assert files.name == "versioned"
@@ -135,7 +135,7 @@ def test_a_versioned_bucket_still_has_what_a_start_was_pinned_to(store):
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_wrong_checksum_stops_the_start(store, name):
     prefix = f"damaged-{name}"
-    push_model(tiny_model(FAMILY), f"s3://models/{prefix}", MODEL_FILES)
+    push_model(tiny_checkpoint(FAMILY), f"s3://models/{prefix}", MODEL_FILES)
     load(resolve_model(f"s3://models/{prefix}"))
     damage(store, f"{prefix}/{name}")
     message = refused(lambda: load(resolve_model(f"s3://models/{prefix}")))
@@ -144,7 +144,7 @@ def test_a_wrong_checksum_stops_the_start(store, name):
 
 
 def test_a_wrong_checksum_in_a_header_stops_the_start(store):
-    push_model(tiny_model(FAMILY), "s3://models/head", MODEL_FILES)
+    push_model(tiny_checkpoint(FAMILY), "s3://models/head", MODEL_FILES)
     body = store.client.get_object(Bucket=BUCKET, Key="head/model.safetensors")["Body"].read()
     changed = body.replace(b'"format":"pt"', b'"format":"tp"')
     assert changed != body
@@ -155,7 +155,7 @@ def test_a_wrong_checksum_in_a_header_stops_the_start(store):
 
 def test_a_network_that_stays_broken_is_given_up(store, monkeypatch):
     monkeypatch.setattr(s3, "_BACKOFF_S", 0.0)
-    files = resolve_model(store.put_folder(tiny_model(FAMILY), "broken"))
+    files = resolve_model(store.put_folder(tiny_checkpoint(FAMILY), "broken"))
     proxy = CuttingProxy(store.port, limit=2000, cuts=10_000)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
     broken = s3.connect(2)

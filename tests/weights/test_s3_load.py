@@ -3,7 +3,7 @@
 import pytest
 import torch
 from s3_store import CuttingProxy
-from tiny_models import tiny_model
+from tiny_checkpoints import tiny_checkpoint
 
 from kvrelay import LLM, SamplingParams
 from kvrelay.cli.main import main
@@ -45,7 +45,7 @@ def assert_same(ours, theirs):
     [("llama2", torch.float32), ("llama3", torch.bfloat16), ("qwen2", torch.float32)],
 )
 def test_streamed_weights_are_bitwise_those_of_the_folder(store, family, dtype):
-    folder = tiny_model(family)
+    folder = tiny_checkpoint(family)
     files = resolve_model(store.put_folder(folder, family))
     source = files.open_weights(SMALL)
     assert_same(bits(packed(files.directory, source, dtype)), bits(packed(folder, dtype=dtype)))
@@ -55,7 +55,7 @@ def test_streamed_weights_are_bitwise_those_of_the_folder(store, family, dtype):
 
 
 def test_a_pushed_model_is_verified_as_it_arrives(store):
-    folder = tiny_model("qwen3")
+    folder = tiny_checkpoint("qwen3")
     revision = push_model(folder, "s3://models/pushed", MODEL_FILES)
     files = resolve_model("s3://models/pushed")
     assert (files.name, files.revision) == ("pushed", revision)
@@ -68,7 +68,7 @@ def test_a_pushed_model_is_verified_as_it_arrives(store):
 
 
 def test_a_second_start_of_the_revision_asks_for_nothing_but_the_data(store, monkeypatch):
-    url = store.put_folder(tiny_model("llama2"), "again")
+    url = store.put_folder(tiny_checkpoint("llama2"), "again")
     first = resolve_model(url)
     monkeypatch.setattr("kvrelay_protocol.weights.pin._list", None)
     second = resolve_model(url, revision=first.revision)
@@ -78,7 +78,7 @@ def test_a_second_start_of_the_revision_asks_for_nothing_but_the_data(store, mon
 
 @pytest.mark.parametrize("limit", [3_000, 30_000])
 def test_a_killed_connection_is_resumed_where_it_stopped(store, monkeypatch, limit):
-    folder = tiny_model("llama2")
+    folder = tiny_checkpoint("llama2")
     url = store.put_folder(folder, "cut")
     proxy = CuttingProxy(store.port, limit=limit, cuts=0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
@@ -94,12 +94,12 @@ def test_a_killed_connection_is_resumed_where_it_stopped(store, monkeypatch, lim
 
 
 def test_the_command_pushes_what_a_start_verifies(store, capsys):
-    assert main(["weights", "push", str(tiny_model("llama3")), "s3://models/command"]) == 0
+    assert main(["weights", "push", str(tiny_checkpoint("llama3")), "s3://models/command"]) == 0
     files = resolve_model("s3://models/command")
     assert f"s3://models/command is at revision {files.revision}" in capsys.readouterr().out
     with LLM("s3://models/command", dtype="float32") as ours:
         found = ours.generate([{"prompt_token_ids": [1, 2, 3]}], GREEDY)
-    with LLM(tiny_model("llama3"), dtype="float32") as theirs:
+    with LLM(tiny_checkpoint("llama3"), dtype="float32") as theirs:
         expected = theirs.generate([{"prompt_token_ids": [1, 2, 3]}], GREEDY)
     assert found[0].outputs[0].token_ids == expected[0].outputs[0].token_ids
 

@@ -1,62 +1,25 @@
 """The stream by itself, over a fetcher that the test holds: order, memory, and who waits for whom."""
 
-import threading
+from pathlib import Path
 
 import pytest
+from memory_weights import HEAD, KIB, LAYERS, Memory, checkpoint, in_order
 
 from kvrelay_protocol.errors import InvalidModel
-from kvrelay_protocol.weights.header import StoredTensor
+from kvrelay_protocol.model_files import ModelFiles
 from kvrelay_protocol.weights.plan import plan_segments
 from kvrelay_protocol.weights.rate import SLOT_S, RateMeter
 from kvrelay_protocol.weights.source import LoadReport, layer_order
 from kvrelay_protocol.weights.stream import (
-    RangeFetcher,
     RemoteFiles,
     StreamedWeights,
     StreamOptions,
 )
 
-KIB = 1024
-LAYERS = 12
-HEAD = 512
-
-
-def checkpoint(layers=LAYERS, tensor_bytes=8 * KIB):
-    """Names in the order of files that are sorted by name: layer 10 before layer 2."""
-    names = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
-    names += [f"model.layers.{n}.{part}.weight" for n in range(layers) for part in ("down", "up")]
-    at, tensors = HEAD, {}
-    for name in sorted(names):
-        tensors[name] = StoredTensor("m", "BF16", (tensor_bytes // 2,), at, at + tensor_bytes)
-        at += tensor_bytes
-    return tensors, at
-
-
-class Memory(RangeFetcher):
-    """Serves bytes that say where they are; remembers what was asked for."""
-
-    def __init__(self, size):
-        self.content = b"".join(bytes([n & 0xFF]) * KIB for n in range(size // KIB + 1))[:size]
-        self.asked = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self._lock = threading.Lock()
-
-    def fetch(self, file, start, into, received):
-        with self._lock:
-            self.asked.append((start, start + len(into)))
-        assert self.gate.wait(60)
-        into[:] = self.content[start : start + len(into)]
-        received(len(into))
-
 
 def stream(tensors, size, fetcher, **options):
     files = RemoteFiles("memory", {"m": size}, {"m": fetcher.content[:HEAD]}, tensors, None)
     return StreamedWeights(files, fetcher, StreamOptions(**options))
-
-
-def in_order(tensors):
-    return sorted(tensors, key=lambda name: (layer_order(name), tensors[name].start))
 
 
 def test_tensors_come_in_the_order_of_a_forward_pass():
@@ -211,8 +174,11 @@ def test_without_a_manifest_no_request_is_larger_than_a_part():
 
 
 def test_the_flags_repeat_the_defaults():
-    from kvrelay.cli.processes import stream_options
     from kvrelay.cli.stack import defaults
+    from kvrelay.cli.weight_source import stream_options
 
     assert stream_options(defaults()) == StreamOptions()
     assert stream_options(defaults(link_gbps=8.0)).link_bytes_per_s == 1e9
+    here = ModelFiles("m", Path("folder"))
+    assert stream_options(defaults(), here).keep_in is None
+    assert stream_options(defaults(share_weights="disk"), here).keep_in == Path("folder")

@@ -8,7 +8,7 @@ from kvrelay_transfer.frames import HEADER_SIZE
 from kvrelay_transfer.kit import TransferKit
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.staging import Allocator, StagingBuffers, page_aligned
-from kvrelay_transfer.transport import create_transport
+from kvrelay_transfer.transport import complete_uri, create_transport
 
 _RECORD_BYTES = 2048
 """More than a hand-over record has: three times as much as its notes of 64 messages."""
@@ -34,8 +34,7 @@ async def make_kit(
         TransportMisconfigured: the environment leaves no usable transport.
     """
     ours = layout_from_message(layout)
-    uri = transport if "://" in transport else f"{transport}://"
-    endpoint = create_transport(uri)
+    endpoint = create_transport(complete_uri(transport))
     await endpoint.start()
     # The header comes on top: blocks are powers of two, and one that just does not fit halves messages.
     nbytes = HEADER_SIZE + max(staging_bytes, ours.layer_block_bytes, _RECORD_BYTES)

@@ -22,6 +22,7 @@ __all__ = [
     "Receive",
     "TransportStats",
     "Truncated",
+    "complete_uri",
     "create_transport",
     "readable_bytes",
     "register_transport",
@@ -195,6 +196,11 @@ def register_transport(scheme: str, module: str, name: str) -> None:
     The class is a `KVTransport` with a `from_options(mapping)` of its own.
     """
     _SCHEMES[scheme] = (module, name)
+
+
+def complete_uri(transport: str) -> str:
+    """The URI of a transport that may be named by its scheme alone."""
+    return transport if "://" in transport else f"{transport}://"
 
 
 def create_transport(uri: str) -> KVTransport:

@@ -29,5 +29,6 @@ COMMAND = Command(
     _run,
     epilog="Two servers, each a process of its own: moto's, and a bare one that sends files with\n"
     "sendfile(2). Exit code 1 where the loader without checksums is below 80 %; what\n"
-    "sha256 costs depends on the CPU and shows in its own row.",
+    "sha256 costs depends on the CPU and shows in its own row. A third way takes the same bytes\n"
+    "from a peer process over UCX; it is compared, not judged.",
 )

@@ -46,8 +46,8 @@ def write_checkpoint(folder: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def running_stores(nbytes: int) -> Iterator[dict[str, str]]:
-    """Endpoint URL of each store by its name, while both run."""
+def running_stores(nbytes: int) -> Iterator[tuple[dict[str, str], Path]]:
+    """Endpoint URL of each store by its name, while both run; and the weight file they have."""
     with tempfile.TemporaryDirectory(prefix="kvrelay-weights-") as name:
         root = Path(name)
         with_manifest, without = root / BUCKET / VERIFIED, root / BUCKET / PLAIN
@@ -60,7 +60,7 @@ def running_stores(nbytes: int) -> Iterator[dict[str, str]]:
         (with_manifest / MANIFEST).write_text(make_manifest(without, names).to_json())
         with _range_server(root) as bare, _moto() as moto:
             _fill_moto(moto, without)
-            yield {"sendfile": bare, "moto": moto}
+            yield {"sendfile": bare, "moto": moto}, without / "model.safetensors"
 
 
 def _fill_moto(url: str, folder: Path) -> None:

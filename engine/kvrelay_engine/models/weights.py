@@ -19,7 +19,12 @@ from kvrelay_protocol.weights.source import WeightSource
 Progress = Callable[[int, int], None]
 """Called as `(bytes_done, bytes_total)` of the checkpoint while it loads."""
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:
@@ -76,7 +81,7 @@ def load_weights(
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """One checkpoint tensor that fills some rows of a fused one."""
 
     name: str
@@ -84,28 +89,29 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _LayerPlan:
+class LayerPlan:
     """The parts of every tensor of one layer; an empty tuple where the model has no such tensor."""
 
-    input_norm: tuple[_Part, ...]
-    qkv: tuple[_Part, ...]
-    qkv_bias: tuple[_Part, ...]
-    query_norm: tuple[_Part, ...]
-    key_norm: tuple[_Part, ...]
-    output: tuple[_Part, ...]
-    output_bias: tuple[_Part, ...]
-    post_attention_norm: tuple[_Part, ...]
-    gate_up: tuple[_Part, ...]
-    gate_up_bias: tuple[_Part, ...]
-    down: tuple[_Part, ...]
-    down_bias: tuple[_Part, ...]
+    input_norm: tuple[Part, ...]
+    qkv: tuple[Part, ...]
+    qkv_bias: tuple[Part, ...]
+    query_norm: tuple[Part, ...]
+    key_norm: tuple[Part, ...]
+    output: tuple[Part, ...]
+    output_bias: tuple[Part, ...]
+    post_attention_norm: tuple[Part, ...]
+    gate_up: tuple[Part, ...]
+    gate_up_bias: tuple[Part, ...]
+    down: tuple[Part, ...]
+    down_bias: tuple[Part, ...]
 
-    def parts(self) -> tuple[_Part, ...]:
+    def parts(self) -> tuple[Part, ...]:
         names = self.__dataclass_fields__
         return tuple(part for name in names for part in getattr(self, name))
 
 
-def _layer_plan(config: ModelConfig, index: int) -> _LayerPlan:
+def layer_plan(config: ModelConfig, index: int) -> LayerPlan:
+    """Which tensors layer `index` is made of, in the order in which they are stacked."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query_rows = config.num_heads * config.head_dim
     kv_rows = config.num_kv_heads * config.head_dim
@@ -113,16 +119,16 @@ def _layer_plan(config: ModelConfig, index: int) -> _LayerPlan:
     attention = {"q_proj": query_rows, "k_proj": kv_rows, "v_proj": kv_rows}
     gates = {"gate_proj": inner, "up_proj": inner}
 
-    def weights(block: str, rows: Mapping[str, int], width: int) -> tuple[_Part, ...]:
-        return tuple(_Part(f"{prefix}.{block}.{n}.weight", (r, width)) for n, r in rows.items())
+    def weights(block: str, rows: Mapping[str, int], width: int) -> tuple[Part, ...]:
+        return tuple(Part(f"{prefix}.{block}.{n}.weight", (r, width)) for n, r in rows.items())
 
-    def biases(block: str, rows: Mapping[str, int], present: bool) -> tuple[_Part, ...]:
-        return tuple(_Part(f"{prefix}.{block}.{n}.bias", (r,)) for n, r in rows.items() if present)
+    def biases(block: str, rows: Mapping[str, int], present: bool) -> tuple[Part, ...]:
+        return tuple(Part(f"{prefix}.{block}.{n}.bias", (r,)) for n, r in rows.items() if present)
 
-    def norm(name: str, size: int, present: bool = True) -> tuple[_Part, ...]:
-        return (_Part(f"{prefix}.{name}.weight", (size,)),) if present else ()
+    def norm(name: str, size: int, present: bool = True) -> tuple[Part, ...]:
+        return (Part(f"{prefix}.{name}.weight", (size,)),) if present else ()
 
-    return _LayerPlan(
+    return LayerPlan(
         input_norm=norm("input_layernorm", hidden),
         qkv=weights("self_attn", attention, hidden),
         qkv_bias=biases("self_attn", attention, config.qkv_bias),
@@ -138,12 +144,21 @@ def _layer_plan(config: ModelConfig, index: int) -> _LayerPlan:
     )
 
 
-def _assemble(checkpoint: "_Checkpoint", config: ModelConfig) -> DecoderWeights:
+def outer_parts(config: ModelConfig) -> tuple[Part, Part, Part]:
+    """Embedding, last norm and head; a tied head is the embedding again."""
     table = (config.vocab_size, config.hidden_size)
-    embedding = _Part("model.embed_tokens.weight", table)
-    final_norm = _Part("model.norm.weight", (config.hidden_size,))
-    head = embedding if config.tie_word_embeddings else _Part("lm_head.weight", table)
-    plans = [_layer_plan(config, index) for index in range(config.num_layers)]
+    embedding = Part("model.embed_tokens.weight", table)
+    final_norm = Part("model.norm.weight", (config.hidden_size,))
+    return (
+        embedding,
+        final_norm,
+        (embedding if config.tie_word_embeddings else Part("lm_head.weight", table)),
+    )
+
+
+def _assemble(checkpoint: "_Checkpoint", config: ModelConfig) -> DecoderWeights:
+    embedding, final_norm, head = outer_parts(config)
+    plans = [layer_plan(config, index) for index in range(config.num_layers)]
     within = (part for plan in plans for part in plan.parts())
     # A tied head is the embedding again: once is enough. The order makes errors repeatable.
     checkpoint.expect(tuple(dict.fromkeys((embedding, *within, final_norm, head))))
@@ -158,7 +173,7 @@ def _assemble(checkpoint: "_Checkpoint", config: ModelConfig) -> DecoderWeights:
     return DecoderWeights(embedding=table_weights, layers=layers, final_norm=norm, head=last)
 
 
-def _load_layer(checkpoint: "_Checkpoint", plan: _LayerPlan) -> LayerWeights:
+def _load_layer(checkpoint: "_Checkpoint", plan: LayerPlan) -> LayerWeights:
     take, linear = checkpoint.take, checkpoint.take_linear
     return LayerWeights(
         input_norm=take(*plan.input_norm),
@@ -192,7 +207,7 @@ class _Checkpoint:
         self._bytes_done = 0
         self._bytes_total = 0
 
-    def expect(self, parts: tuple[_Part, ...]) -> None:
+    def expect(self, parts: tuple[Part, ...]) -> None:
         """Check names and shapes of all tensors to come, and learn how many bytes they are."""
         tensors, origin = self._source.tensors, self._source.origin
         missing = [part.name for part in parts if part.name not in tensors]
@@ -213,7 +228,7 @@ class _Checkpoint:
             self._bytes_total += stored.nbytes
         self._source.need([part.name for part in parts])
 
-    def take(self, *parts: _Part) -> torch.Tensor:
+    def take(self, *parts: Part) -> torch.Tensor:
         """Norm or bias: stacked on the device, in the dtype of the activations."""
         stored = [self.read(part) for part in parts]
         return torch.cat([part.to(self._device, self._activation_dtype) for part in stored])
@@ -226,7 +241,7 @@ class _Checkpoint:
             return stored
         return stored.to(self._device, self._dtype)
 
-    def take_linear(self, parts: tuple[_Part, ...], bias: tuple[_Part, ...]) -> LinearWeights:
+    def take_linear(self, parts: tuple[Part, ...], bias: tuple[Part, ...]) -> LinearWeights:
         """One projection, its parts stacked along the outputs."""
         stored = [self.read(part) for part in parts]
         return self.pack(stored, self.take(*bias) if bias else None)
@@ -236,7 +251,7 @@ class _Checkpoint:
     ) -> LinearWeights:
         return pack_linear(stored, device=self._device, dtype=self._linear_dtype, bias=bias)
 
-    def read(self, part: _Part) -> torch.Tensor:
+    def read(self, part: Part) -> torch.Tensor:
         """A view of the source's buffer, once the tensor is there."""
         stored = as_tensor(self._source.read(part.name), self._source.tensors[part.name])
         self._bytes_done += stored.nbytes
@@ -252,7 +267,7 @@ def as_tensor(content: memoryview, stored: StoredTensor) -> torch.Tensor:
         content: writable; aligned as the tensor is in its file.
         stored: of one of the dtypes that models are loaded from.
     """
-    dtype = _DTYPES[stored.dtype]
+    dtype = STORED_DTYPES[stored.dtype]
     # Files whose header is not padded are rare; vector loads need what they lack.
     buffer = bytearray(content) if stored.start % dtype.itemsize else content
     return torch.frombuffer(buffer, dtype=dtype).view(stored.shape)

@@ -19,6 +19,8 @@ class WorkerConfig:
     """host:port of the router's join address; of several routers, separated by commas."""
     weights: WeightSource | None = None
     """Where the weights come from; what is remote has begun to arrive. None: `model_dir`."""
+    share_weights: str = "auto"
+    """With workers that start later: `auto` if they are still what was fetched, `disk`, or `off`."""
     join_token: str = ""
     router_ca: Path | None = None
     """The routers' certificates descend from one of these; without it the streams are plain text."""

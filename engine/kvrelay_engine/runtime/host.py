@@ -48,6 +48,8 @@ class Advertisement:
     kv_layout: pb.KvLayout
     transport: str
     transport_address: bytes
+    weights_id: str = ""
+    """Of the weights it can send to others."""
 
 
 class Worker(Protocol):
@@ -91,6 +93,8 @@ class WorkerHost:
     engine: Engine
     phases: Phases
     incarnation: int = field(default_factory=lambda: secrets.randbits(64))
+    on_weights_offer: Callable[[pb.OfferWeights], None] | None = None
+    """Told who may read this worker's weights."""
     _worker: Worker | None = None
     _advertisement: Advertisement | None = None
     _shutdown: asyncio.Event | None = None
@@ -233,6 +237,7 @@ class WorkerHost:
             load=self._load(),
             join_token=self.config.join_token,
             asleep=self._sleeper is not None and self._sleeper.asleep,
+            weights_id=self._advertisement.weights_id,
         )
 
     def heartbeat(self, session: int) -> pb.Heartbeat:
@@ -247,6 +252,9 @@ class WorkerHost:
                 self._sleeper.sleep(session, message.sleep.order)
             case "wake":
                 self._sleeper.wake(session, message.wake.order)
+            case "offer_weights":
+                if self.on_weights_offer is not None:
+                    self.on_weights_offer(message.offer_weights)
             case "pulse":
                 self._unknown[session] = self._worker.pulse(message.pulse, session)
             case kind:

@@ -80,7 +80,7 @@ class StartReport:
     def _tell(self, router: str) -> None:
         while not self._closed:
             try:
-                with _dial(router, self._tls) as channel:
+                with dial(router, self._tls) as channel:
                     call = rpc.FleetStub(channel).Join(self._messages(), wait_for_ready=True)
                     if not self._keep(call):
                         return
@@ -111,7 +111,7 @@ class StartReport:
             time.sleep(MIN_PAUSE_S)
 
 
-def _dial(router: str, tls: JoinTls | None) -> grpc.Channel:
+def dial(router: str, tls: JoinTls | None) -> grpc.Channel:
     """A blocking channel: there is no event loop yet."""
     if tls is None:
         return grpc.insecure_channel(router)

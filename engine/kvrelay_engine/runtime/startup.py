@@ -17,7 +17,9 @@ from kvrelay_protocol.versions import KV_VERSION
 from kvrelay_protocol.weights.local import LocalWeights
 
 if TYPE_CHECKING:
+    from kvrelay_engine.models.resident import ResidentWeights
     from kvrelay_engine.runner import ModelRunner
+    from kvrelay_protocol.weights.kept import KeptFiles
 
 PROGRESS_EVERY_S = 5.0
 """A log is no terminal: one progress line per this many seconds."""
@@ -153,12 +155,15 @@ class Engine:
     kv_layout: pb.KvLayout
     max_model_len: int
     """Tokens of prompt plus answer: the smallest of the model's, the operator's and the pool's limit."""
+    shared_weights: "KeptFiles | ResidentWeights | None" = None
+    """What workers that start later may read."""
 
 
 def import_engine() -> None:
     """Import everything that `start_engine` needs; the rest of it is measured in milliseconds."""
     import kvrelay_engine.loading
     import kvrelay_engine.models.weights
+    import kvrelay_engine.runtime.share_weights
     import kvrelay_engine.runtime.warmup  # noqa: F401 - for `start_engine`
 
 
@@ -177,6 +182,7 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
         from kvrelay_engine.loading import load_engine, set_compute_threads
         from kvrelay_engine.models.dtypes import DTYPE_BYTES, resolve_dtype
         from kvrelay_engine.models.weights import load_model_config
+        from kvrelay_engine.runtime.share_weights import share_weights, why_not_shared
         from kvrelay_engine.runtime.warmup import fingerprint, warm_up
 
         set_compute_threads(config.threads)
@@ -219,6 +225,9 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
     with phases.phase("warm up"):
         warm_up(runner)
     name = fingerprint(config.model_dir, source)
+    shared = share_weights(config, runner, source)
+    if shared is not None and not shared.identity:
+        phases.line(f"{'weights':<18} {why_not_shared(shared)}")
     source.close()
     return Engine(
         runner=runner,
@@ -234,6 +243,7 @@ def start_engine(config: WorkerConfig, phases: Phases) -> Engine:
             protocol_version=KV_VERSION,
         ),
         max_model_len=min(wanted, model.max_position_embeddings, num_blocks * config.block_size),
+        shared_weights=shared,
     )
 
 

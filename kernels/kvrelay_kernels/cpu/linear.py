@@ -95,6 +95,16 @@ def unpack(packed: torch.Tensor, dtype: torch.dtype, outputs: int, width: int) -
     return tiles.reshape(-1, width)[:outputs].contiguous()
 
 
+def unpack_rows(
+    packed: torch.Tensor, dtype: torch.dtype, first: int, end: int, width: int
+) -> torch.Tensor:
+    """`[end - first, width]`: the same of some outputs, reading no other tiles than theirs."""
+    tile, tiles = TILE * width * dtype.itemsize, slice(first // TILE, -(-end // TILE))
+    some = packed.view(torch.uint8)[tiles.start * tile : tiles.stop * tile]
+    skipped = tiles.start * TILE
+    return unpack(some, dtype, end - skipped, width)[first - skipped :]
+
+
 def linear_cpu(
     library: CpuLibrary,
     x: torch.Tensor,

@@ -47,6 +47,12 @@ class Manifest:
         expected = digests[piece.index] if piece.index < len(digests) else None
         _check(expected, content, f"{piece.tensor} in {where} (bytes {piece.start} to {piece.end})")
 
+    def identity(self) -> str:
+        """32 hex digits that name exactly these bytes: the same ones wherever they were pushed to."""
+        names = {"files": self.files, "tensors": self.tensors, "piece_bytes": self.piece_bytes}
+        content = json.dumps(names, sort_keys=True, separators=(",", ":")).encode()
+        return hashlib.blake2b(content, digest_size=16, person=b"kvrelay weights").hexdigest()
+
     def to_json(self) -> str:
         return json.dumps(
             {

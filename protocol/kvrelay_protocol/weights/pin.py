@@ -31,6 +31,7 @@ from kvrelay_protocol.weights.header import (
 )
 from kvrelay_protocol.weights.local import read_index
 from kvrelay_protocol.weights.manifest import MANIFEST, Manifest, parse_manifest
+from kvrelay_protocol.weights.peer import FindPeer, PeerFirst
 from kvrelay_protocol.weights.s3 import (
     PinnedObject,
     S3Location,
@@ -39,7 +40,12 @@ from kvrelay_protocol.weights.s3 import (
     endpoint_folder,
     explain,
 )
-from kvrelay_protocol.weights.stream import RemoteFiles, StreamedWeights, StreamOptions
+from kvrelay_protocol.weights.stream import (
+    RangeFetcher,
+    RemoteFiles,
+    StreamedWeights,
+    StreamOptions,
+)
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -79,8 +85,12 @@ class PinnedModel:
             for name, item in self._weights().items()
         }
 
-    def stream(self, options: StreamOptions) -> StreamedWeights:
+    def stream(self, options: StreamOptions, find_peer: FindPeer | None = None) -> StreamedWeights:
         """Begin to fetch the weights.
+
+        Args:
+            options: how.
+            find_peer: asks for another worker that has them; None: they come from the store.
 
         Raises:
             InvalidModel: headers and index do not fit together.
@@ -92,8 +102,10 @@ class PinnedModel:
             tensors=select_tensors(self.headers(), read_index(self.directory), str(self.location)),
             manifest=_read_manifest(self.directory, self.location),
         )
-        ranges = S3Ranges(self.client, self.location, self.objects)
-        return StreamedWeights(files, ranges, options)
+        fetcher: RangeFetcher = S3Ranges(self.client, self.location, self.objects)
+        if find_peer is not None:
+            fetcher = PeerFirst(fetcher, find_peer, files.manifest)
+        return StreamedWeights(files, fetcher, options)
 
     def _weights(self) -> dict[str, PinnedObject]:
         return {n: item for n, item in self.objects.items() if n.endswith(".safetensors")}

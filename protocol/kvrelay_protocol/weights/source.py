@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvrelay_protocol.weights.header import StoredTensor
+from kvrelay_protocol.weights.kept import KeptFiles
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -24,6 +25,14 @@ class WeightSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every tensor, from the files' headers."""
+
+    @property
+    def identity(self) -> str:
+        """Name of exactly these bytes; empty where no manifest says what they are."""
+
+    @property
+    def kept(self) -> KeptFiles | None:
+        """What was also written to disk for others; it outlives the source."""
 
     def need(self, names: Collection[str]) -> None:
         """Only these are going to be read; called once, before the first `read`."""
@@ -67,6 +76,19 @@ def sample_offsets(total: int, count: int = 64) -> Iterator[int]:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerShare:
+    """What another worker had to do with a load."""
+
+    worker: str = ""
+    """Its name and, where bytes came, what they came over; empty: there was none."""
+    nbytes: int = 0
+    found_s: float = 0.0
+    """Until it could be read from: asking the router, starting a transport."""
+    note: str = ""
+    """Why it was none, or not all, in a few words; empty where all came from it."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
     """What a start moved, how fast, and against which limit."""
 
@@ -84,6 +106,8 @@ class LoadReport:
     """Ranges that were taken up again after a broken connection."""
     verified: bool | None = None
     """Every byte was held against a sha256; None: local files, which are not."""
+    peer: PeerShare | None = None
+    """What came from another worker; None: nobody was to be asked."""
 
     @property
     def bytes_per_s(self) -> float:
@@ -99,11 +123,24 @@ class LoadReport:
         resumed = f", {self.resumed} ranges resumed" if self.resumed else ""
         first = (
             f"{_size(self.nbytes)} in {self.seconds:.2f} s, {self.bytes_per_s / 1e9:.3f} GB/s, "
-            f"{self._share()}{resumed}, from {self.origin}"
+            f"{self._share()}{resumed}, from {self._places()}"
         )
         if self.verified is False:
             return first, "not verified: no manifest beside them; kvrelay weights push writes one"
         return (first,)
+
+    def _places(self) -> str:
+        peer = self.peer
+        if peer is None:
+            return self.origin
+        note = f" ({peer.note})" if peer.note else ""
+        if not peer.nbytes:
+            return f"{self.origin}{note}"
+        found = f"peer {peer.worker} (found in {peer.found_s:.2f} s)"
+        if peer.nbytes >= self.nbytes:
+            return f"{found}, not {self.origin}{note}"
+        left = _size(self.nbytes - peer.nbytes)
+        return f"{found} {_size(peer.nbytes)}, from {self.origin} {left}{note}"
 
     def _share(self) -> str:
         place = self._place()
@@ -131,6 +168,10 @@ class LoadReport:
             "kvrelay.weights.cached_bytes": self.cached_bytes,
             "kvrelay.weights.resumed": self.resumed,
             "kvrelay.weights.verified": self.verified,
+            "kvrelay.weights.peer": None if self.peer is None else self.peer.worker or None,
+            "kvrelay.weights.peer_bytes": None if self.peer is None else self.peer.nbytes,
+            "kvrelay.weights.peer_found_s": None if self.peer is None else self.peer.found_s,
+            "kvrelay.weights.peer_note": None if self.peer is None else self.peer.note or None,
         }
         return {name: value for name, value in found.items() if value is not None}
 

@@ -12,14 +12,18 @@ import contextlib
 import mmap
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from kvrelay_protocol.errors import InvalidModel
 from kvrelay_protocol.weights.header import StoredTensor
+from kvrelay_protocol.weights.kept import KeptFiles
 from kvrelay_protocol.weights.manifest import Manifest
 from kvrelay_protocol.weights.plan import Part, Segment, plan_segments
 from kvrelay_protocol.weights.rate import RateMeter
-from kvrelay_protocol.weights.source import SAMPLE_BYTES, LoadReport, sample_offsets
+from kvrelay_protocol.weights.source import SAMPLE_BYTES, LoadReport, PeerShare, sample_offsets
 
 MiB = 1024 * 1024
 _UNVERIFIED_PIECE_BYTES = MiB
@@ -43,6 +47,8 @@ class StreamOptions:
     window_bytes: int = 1024 * MiB
     link_bytes_per_s: float | None = None
     """Of the narrowest link, where the operator says so."""
+    keep_in: Path | None = None
+    """Also write what arrives to nameless files in this folder, for workers that start later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +64,31 @@ class RemoteFiles:
     manifest: Manifest | None
 
 
-class RangeFetcher:
+class RangeFetcher(ABC):
     """Fetches bytes of a file; called by many threads at once."""
 
     resumed: int = 0
     """Ranges taken up again after a broken connection."""
 
+    @abstractmethod
     def fetch(self, file: str, start: int, into: memoryview, received: Received) -> None:
         """Fill `into` with the bytes from `start` on.
 
         Raises:
             InvalidModel: they can't be had.
         """
-        raise NotImplementedError
+
+    def distrust(self, file: str, start: int) -> bool:
+        """The range from `start` had a wrong checksum: would another try fetch it elsewhere?"""
+        del file, start
+        return False
+
+    def peer_share(self) -> PeerShare | None:
+        """What came from another worker; None: nobody was to be asked."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to free
+        """Nothing more is fetched. Idempotent."""
 
 
 class StreamedWeights:
@@ -114,6 +132,9 @@ class StreamedWeights:
         self._samples = _Samples(files.sizes)
         for file, head in files.heads.items():
             self._samples.keep(file, 0, memoryview(head))
+        keep_in, identity = self._options.keep_in, self.identity
+        # What has no name nobody can ask for.
+        self._kept = KeptFiles(keep_in, files.sizes, identity) if keep_in and identity else None
         self._meter = RateMeter()
         self._fetched = 0
         self._begun = self._ended = time.monotonic()
@@ -134,6 +155,15 @@ class StreamedWeights:
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self._remote.tensors
+
+    @property
+    def identity(self) -> str:
+        manifest = self._remote.manifest
+        return "" if manifest is None else manifest.identity()
+
+    @property
+    def kept(self) -> KeptFiles | None:
+        return self._kept
 
     def need(self, names: Collection[str]) -> None:
         with self._changed:
@@ -182,6 +212,7 @@ class StreamedWeights:
             link_given=given is not None,
             resumed=self._fetcher.resumed,
             verified=self._remote.manifest is not None,
+            peer=self._fetcher.peer_share(),
         )
 
     def close(self) -> None:
@@ -189,6 +220,7 @@ class StreamedWeights:
             self._closed = True
             self._buffers.clear()
             self._changed.notify_all()
+        self._fetcher.close()
 
     # ---- fetch threads
 
@@ -248,15 +280,25 @@ class StreamedWeights:
             if part.segment not in self._buffers:  # nobody needs it any more
                 return
             view = self._view(part.segment, part.start, part.end)
-        self._fetcher.fetch(file, part.start, view, self._received)
-        self._check(file, part, view)
+        self._fetch_verified(file, part, view)
         self._samples.keep(file, part.start, view)
+        if self._kept is not None:
+            self._kept.keep(file, part.start, view)
         with self._changed:
             self._fetched += part.end - part.start
             self._ended = time.monotonic()
             for piece in part.pieces:
                 self._missing[piece.tensor] -= 1
             self._changed.notify_all()
+
+    def _fetch_verified(self, file: str, part: Part, view: memoryview) -> None:
+        while True:
+            self._fetcher.fetch(file, part.start, view, self._received)
+            try:
+                return self._check(file, part, view)
+            except InvalidModel:
+                if not self._fetcher.distrust(file, part.start):
+                    raise
 
     def _check(self, file: str, part: Part, view: memoryview) -> None:
         manifest = self._remote.manifest

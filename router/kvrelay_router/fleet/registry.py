@@ -119,7 +119,7 @@ class WorkerRegistry:
         Raises:
             Unauthorized, InvalidRequest, LayoutMismatch: it could not join.
         """
-        self._check_identity(message)
+        self.check_identity(message)
         if message.worker_name in self._links:
             return  # a late word of one that has joined meanwhile
         worker = StartingWorker(
@@ -137,6 +137,26 @@ class WorkerRegistry:
     def starts_no_more(self, name: str) -> None:
         """Its call ended: it is about to join, or gone."""
         self._starting.pop(name, None)
+
+    def check_identity(self, said: pb.Hello | pb.Starting | pb.WeightsWanted) -> None:
+        """Whether who says this may speak as a worker of this router.
+
+        Raises:
+            Unauthorized: wrong join token.
+            InvalidRequest: no name or no role.
+            LayoutMismatch: another protocol or model.
+        """
+        expected, given = self._config.join_token.encode(), said.join_token.encode()
+        if expected and not hmac.compare_digest(expected, given):
+            raise Unauthorized("join_token: not the one this router was started with")
+        if not 0 < len(said.worker_name) <= MAX_NAME_LENGTH:
+            raise InvalidRequest(
+                f"worker_name: needs 1 to {MAX_NAME_LENGTH} characters, has {len(said.worker_name)}",
+            )
+        if said.role not in {pb.ROLE_PREFILL, pb.ROLE_DECODE}:
+            raise InvalidRequest(f"role: {said.role} is neither prefill nor decode")
+        _same("protocol_version", said.protocol_version, JOIN_VERSION, "the router")
+        _same("model", said.model, self._config.model_name, "the router")
 
     def join(self, hello: pb.Hello) -> WorkerLink:
         """Admit a worker; one of the same name is replaced and counts as lost.
@@ -266,21 +286,8 @@ class WorkerRegistry:
             if silent > (self.witnessed_limit_s if witnessed else self.silence_limit_s):
                 self.lose(link, f"no sign of life for {silent:.1f} s")
 
-    def _check_identity(self, hello: pb.Hello | pb.Starting) -> None:
-        expected, given = self._config.join_token.encode(), hello.join_token.encode()
-        if expected and not hmac.compare_digest(expected, given):
-            raise Unauthorized("join_token: not the one this router was started with")
-        if not 0 < len(hello.worker_name) <= MAX_NAME_LENGTH:
-            raise InvalidRequest(
-                f"worker_name: needs 1 to {MAX_NAME_LENGTH} characters, has {len(hello.worker_name)}",
-            )
-        if hello.role not in {pb.ROLE_PREFILL, pb.ROLE_DECODE}:
-            raise InvalidRequest(f"role: {hello.role} is neither prefill nor decode")
-        _same("protocol_version", hello.protocol_version, JOIN_VERSION, "the router")
-        _same("model", hello.model, self._config.model_name, "the router")
-
     def _check(self, hello: pb.Hello) -> None:
-        self._check_identity(hello)
+        self.check_identity(hello)
         for link in self._links.values():
             if link.name == hello.worker_name:
                 continue  # about to be replaced

@@ -15,6 +15,7 @@ from kvrelay_protocol.errors import KvrelayError, PortInUse, UsageError, error_t
 from kvrelay_protocol.tls import read_tls
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet.registry import WorkerRegistry
+from kvrelay_router.fleet.weight_peers import WeightPeers
 from kvrelay_router.fleet.worker_link import WorkerLink
 
 HELLO_TIMEOUT_S = 5.0
@@ -48,10 +49,11 @@ class _Call(Protocol):
 
 
 class FleetServicer(fleet_pb2_grpc.FleetServicer):
-    """One `Join` call per worker. Owns nothing: links belong to the registry."""
+    """One `Join` call per worker; one word about who has its weights. Owns nothing: links belong to the registry."""
 
     def __init__(self, registry: WorkerRegistry, *, router_id: str, heartbeat_s: float) -> None:
         self._registry = registry
+        self._weights = WeightPeers(registry)
         self._welcome = pb.RouterMessage(
             welcome=pb.Welcome(router_id=router_id, heartbeat_seconds=heartbeat_s),
         )
@@ -79,6 +81,14 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             self._registry.lose(link, "its stream ended")
         if why is not None:
             await context.abort(grpc.StatusCode.ABORTED, why)
+
+    async def FindWeights(self, wanted: pb.WeightsWanted, context: _Call) -> pb.WeightsFound:  # noqa: N802 - the name in fleet.proto
+        del context
+        try:
+            return self._weights.find(wanted)
+        except KvrelayError as error:
+            logger.warning("worker %s may not ask for weights: %s", wanted.worker_name, error)
+            return pb.WeightsFound(error=_wire_error(error))
 
     async def _listen_to_start(
         self, first: pb.WorkerMessage, requests: AsyncIterator[pb.WorkerMessage], context: _Call
@@ -138,10 +148,12 @@ async def _write(link: WorkerLink, context: _Call) -> None:
 
 
 def _refused(error: KvrelayError) -> pb.RouterMessage:
+    return pb.RouterMessage(refused=pb.Refused(error=_wire_error(error)))
+
+
+def _wire_error(error: KvrelayError) -> pb.Error:
     wire = error_to_wire(error)
-    return pb.RouterMessage(
-        refused=pb.Refused(error=pb.Error(code=wire.code, message=wire.message)),
-    )
+    return pb.Error(code=wire.code, message=wire.message)
 
 
 class FleetServer:

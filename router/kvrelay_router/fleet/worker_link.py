@@ -81,6 +81,8 @@ class WorkerLink:
         self.software_version = hello.software_version
         self.max_model_len = hello.max_model_len
         self.device = hello.device
+        self.weights_id = hello.weights_id
+        """Of the weights that it can send to others; empty: none."""
         self.load = hello.load
         self.draining = False
         self.slumber = Slumber(asleep=hello.asleep)

@@ -12,10 +12,10 @@ from kvrelay.cli.preflight import (
     transport_uri,
 )
 from kvrelay.cli.settings import own_thread_setting, set_threads
+from kvrelay.cli.weight_source import open_weights
 from kvrelay_infra.host import count_gpus, read_cores
 from kvrelay_protocol.errors import DeviceUnavailable, UsageError
 from kvrelay_protocol.model_files import resolve_model
-from kvrelay_protocol.weights.stream import StreamOptions
 
 
 def run_router(values: SimpleNamespace) -> int:
@@ -75,7 +75,8 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     model = resolve_model(values.model, revision=values.revision)
     model.read_config()
     # From here on the weights arrive, while torch and UCX are imported.
-    weights = model.open_weights(stream_options(values))
+    name = values.name or f"{role}-{socket.gethostname()}-{os.getpid()}"
+    weights = open_weights(role, name, model, values)
     threads = values.threads or own_thread_setting() or 0
     if not threads:
         threads = read_cores()
@@ -86,10 +87,11 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     from kvrelay_engine.runtime.config import WorkerConfig
 
     config = WorkerConfig(
-        name=values.name or f"{role}-{socket.gethostname()}-{os.getpid()}",
+        name=name,
         model_dir=model.directory,
         model_name=values.served_model_name or model.name,
         weights=weights,
+        share_weights=values.share_weights,
         router=values.join,
         join_token=values.join_token,
         router_ca=values.router_ca,
@@ -122,17 +124,6 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     else:
         raise UsageError(f"no such role: {role}")
     return run(config)
-
-
-def stream_options(values: SimpleNamespace) -> StreamOptions:
-    """How weights that are not here are fetched."""
-    given = values.link_gbps * 1e9 / 8 if values.link_gbps else None
-    return StreamOptions(
-        streams=values.fetch_streams,
-        part_bytes=values.fetch_part,
-        window_bytes=values.fetch_window,
-        link_bytes_per_s=given,
-    )
 
 
 def resolve_device(device: str) -> str:

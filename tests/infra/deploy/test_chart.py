@@ -256,8 +256,10 @@ def test_two_pools_never_fall_back_to_another_fabric(helm):
 
 
 def test_without_a_fabric_there_is_one_pool(helm):
-    names = set(pods(helm.render({"fabric": {"class": "none"}})))
-    assert names == {"kvrelay-router", "kvrelay-decode"}
+    found = pods(helm.render({"fabric": {"class": "none"}}))
+    assert set(found) == {"kvrelay-router", "kvrelay-decode"}
+    # Nor is time spent on asking a peer that can't be reached.
+    assert settings(found["kvrelay-decode"])["weights_from"] == "store"
 
 
 def test_gpus_are_asked_for_in_requests_and_limits_alike(helm):

@@ -46,6 +46,10 @@ WEIGHTS = (
     Flag("--fetch-part", "the largest request to S3", size(), 16 * MiB, "weights", "SIZE"),
     Flag("--fetch-window", "weights from S3 that may wait in memory to be packed", size(),
          1024 * MiB, "weights", "SIZE"),
+    Flag("--weights-from", "of a model in S3: store; a worker that has them (peer); auto drops a slow one",
+         choice("auto", "peer", "store"), "auto", "weights", "WHERE"),
+    Flag("--share-weights", "with workers that start later: auto if not rounded, disk keeps them, or off",
+         choice("auto", "disk", "off"), "auto", "weights", "HOW"),
 )  # fmt: skip
 
 HTTP = (
