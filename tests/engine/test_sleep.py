@@ -1,5 +1,7 @@
 """A model that sleeps gives its memory back, and computes the same when it is awake again."""
 
+import gc
+import weakref
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from kvrelay_engine.cache.memory import HostMemory
 from kvrelay_engine.cache.pool import KVPool
 from kvrelay_engine.loading import load_engine
 from kvrelay_engine.models.placement import copied_weights
+from kvrelay_engine.models.resident import ResidentWeights
 from kvrelay_protocol.sampling import SamplingParams
+from kvrelay_protocol.weights.local import LocalWeights
 
 BLOCK = 16
 MIB = 1 << 20
@@ -126,6 +130,22 @@ def test_where_weights_move_nothing_is_left_of_pool_and_recording(monkeypatch):
     runner.wake()
     assert runner.pool.tensor.shape[2] == 64
     assert generate(runner, prompt, table) == before
+
+
+def test_sharing_weights_keeps_none_of_them_on_the_device(monkeypatch):
+    monkeypatch.setattr(runner_module, "pinned", torch.clone)
+    runner = make_runner()
+    source = LocalWeights(tiny_model("llama3"))
+    shared = ResidentWeights(lambda: runner.decoder.weights, runner.config, source)
+    stored = source.tensors["model.norm.weight"]
+    on_device = weakref.ref(runner.decoder.weights.embedding)
+    runner._weights_move = True
+    runner.sleep()
+    gc.collect()
+    assert on_device() is None
+    into = bytearray(stored.end - stored.start)
+    shared.read(stored.file, stored.start, memoryview(into))
+    assert into == source.read_range(stored.file, stored.start, stored.end)
 
 
 def test_a_host_without_room_for_the_weights_leaves_the_model_as_it_was(monkeypatch):

@@ -196,7 +196,7 @@ def resident(family, dtype, quantization=None):
     weights = load_weights(
         folder, config, device=CPU, dtype=dtype, quantization=quantization, source=source
     )
-    return ResidentWeights(weights, config, source), source
+    return ResidentWeights(lambda: weights, config, source), source
 
 
 @pytest.mark.parametrize("native", [True, False])

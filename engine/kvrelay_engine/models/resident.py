@@ -36,15 +36,19 @@ class _Span:
     end: int
     row_bytes: int
     dtype: torch.dtype
-    origin: _Origin
+    name: str
 
 
 class ResidentWeights:
-    """Reads a loaded model as files; any thread may, as weights never change."""
+    """Reads a loaded model as files; any thread may, as weights never change. Holds none of them: a model
+    that sleeps has moved them, and the device's memory is to be free then.
+    """
 
-    def __init__(self, weights: DecoderWeights, config: ModelConfig, source: WeightSource) -> None:
+    def __init__(
+        self, weights: Callable[[], DecoderWeights], config: ModelConfig, source: WeightSource
+    ) -> None:
         """Args:
-        weights: what `source` was loaded into, on any device.
+        weights: where what `source` was loaded into is now, on any device.
         config: of the model.
         source: the checkpoint; only its headers are used.
         """
@@ -52,9 +56,10 @@ class ResidentWeights:
         """The first tensor that is no longer what the checkpoint has; empty: all are."""
         self._identity = source.identity
         self._spans: dict[str, list[_Span]] = {}
-        device = weights.embedding.device
-        self._stream = _copy_stream(device)
-        for part, origin in _origins(weights, config):
+        self._weights, self._config = weights, config
+        held = weights()
+        self._stream = _copy_stream(held.embedding.device)
+        for part, origin in _origins(held, config):
             self._add(part.name, source.tensors[part.name], origin)
         for spans in self._spans.values():
             spans.sort(key=lambda span: span.start)
@@ -66,7 +71,7 @@ class ResidentWeights:
         if torch.promote_types(dtype, origin.dtype) != origin.dtype:
             self.rounded = self.rounded or f"{name}, {stored.dtype} as {origin.dtype}"
         row = (stored.shape[-1] if len(stored.shape) > 1 else 1) * dtype.itemsize
-        span = _Span(stored.start, stored.end, row, dtype, origin)
+        span = _Span(stored.start, stored.end, row, dtype, name)
         self._spans.setdefault(stored.file, []).append(span)
 
     @property
@@ -86,10 +91,11 @@ class ResidentWeights:
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `start` on, which `has` them."""
         end = start + len(into)
+        origins = {part.name: origin for part, origin in _origins(self._weights(), self._config)}
         for span in self._between(file, start, end):
             low, high = max(start, span.start), min(end, span.end)
             into[low - start : high - start] = self._bytes(
-                span, low - span.start, high - span.start
+                span, origins[span.name], low - span.start, high - span.start
             )
 
     def _between(self, file: str, start: int, end: int) -> Iterator[_Span]:
@@ -102,12 +108,12 @@ class ResidentWeights:
                 yield span
 
     @torch.inference_mode()
-    def _bytes(self, span: _Span, low: int, high: int) -> memoryview:
+    def _bytes(self, span: _Span, origin: _Origin, low: int, high: int) -> memoryview:
         """Bytes `low` to `high` of a tensor."""
         first, last = low // span.row_bytes, -(-high // span.row_bytes)
         # A stream of its own: the copy waits for no step, and no step for it.
         with torch.cuda.stream(self._stream):
-            rows = _on_host(span.origin.rows(first, last), span.dtype)
+            rows = _on_host(origin.rows(first, last), span.dtype)
         content: memoryview = rows.view(-1).view(torch.uint8).numpy().data
         shift = first * span.row_bytes
         return content[low - shift : high - shift]

@@ -18,7 +18,7 @@ def share_weights(
         return None
     if source.kept is not None:
         return source.kept
-    return ResidentWeights(runner.decoder.weights, runner.config, source)
+    return ResidentWeights(lambda: runner.decoder.weights, runner.config, source)
 
 
 def why_not_shared(shared: KeptFiles | ResidentWeights) -> str:
