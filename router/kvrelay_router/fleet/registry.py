@@ -93,7 +93,7 @@ class WorkerRegistry:
         self._config = config
         self._clock = clock
         self._links: dict[str, WorkerLink] = {}
-        self._starting: dict[str, StartingWorker] = {}
+        self._starting: dict[str, tuple[object, StartingWorker]] = {}
         self._last_sweep = clock()
 
     @property
@@ -111,10 +111,12 @@ class WorkerRegistry:
     @property
     def starting(self) -> tuple[StartingWorker, ...]:
         """Workers that said they start and have not joined."""
-        return tuple(self._starting.values())
+        return tuple(worker for _call, worker in self._starting.values())
 
-    def starts(self, message: pb.Starting) -> None:
-        """Note how far a worker is; the caller says `starts_no_more` when its call ends.
+    def starts(self, message: pb.Starting, call: object) -> None:
+        """Note how far a worker is; who heard it says `starts_no_more` when its call ends.
+
+        Args: `call` tells it from the call of another process of the same name.
 
         Raises:
             Unauthorized, InvalidRequest, LayoutMismatch: it could not join.
@@ -130,13 +132,14 @@ class WorkerRegistry:
             message.total,
             message.elapsed_seconds,
         )
-        self._starting[worker.name] = worker
+        self._starting[worker.name] = (call, worker)
         if self.listener:
             self.listener.worker_starting(worker)
 
-    def starts_no_more(self, name: str) -> None:
+    def starts_no_more(self, name: str, call: object) -> None:
         """Its call ended: it is about to join, or gone."""
-        self._starting.pop(name, None)
+        if name in self._starting and self._starting[name][0] is call:
+            del self._starting[name]
 
     def check_identity(self, said: pb.Hello | pb.Starting | pb.WeightsWanted) -> None:
         """Whether who says this may speak as a worker of this router.

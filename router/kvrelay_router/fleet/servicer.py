@@ -98,7 +98,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         try:
             # A message of another kind has no name here, and ends it too.
             while message.starting.worker_name == name:
-                self._registry.starts(message.starting)
+                self._registry.starts(message.starting, context)
                 following = await _next(requests)
                 if following is None:
                     return
@@ -106,7 +106,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         except KvrelayError as error:
             await context.write(_refused(error))
         finally:
-            self._registry.starts_no_more(name)
+            self._registry.starts_no_more(name, context)
 
     async def _serve(
         self,

@@ -133,7 +133,8 @@ class ScalerLoop:
         await asyncio.sleep(ADOPT_S)
         for role in Role:
             self._desired[role] = max(self._joined(role), self._config.pool(role).min)
-            await self._tell(role, self._desired[role], 0, "found")
+            while not await self._tell(role, self._desired[role], 0, "found"):
+                await asyncio.sleep(RETRY_S)
 
     def _joined(self, role: Role) -> int:
         return sum(link.awake for link in self._staying(role))

@@ -311,3 +311,23 @@ async def test_a_worker_that_dies_after_a_long_life_has_all_the_time_of_a_start_
         bench.now = 5101.0
         await bench.decide()
         assert bench.heard.told == [("decode", 1)]
+
+
+async def test_what_is_found_is_told_until_the_provider_takes_it(monkeypatch):
+    monkeypatch.setattr(loop_module, "RETRY_S", 0.001)
+    monkeypatch.setattr(loop_module, "ADOPT_S", 0.0)
+    bench = Bench(replace(POOL, min=1), POOL, {})
+    bench.heard.failing = True
+    bench.join("decode-0")
+    task = asyncio.create_task(bench.loop.run())
+    try:
+        await until(lambda: len(bench.heard.failures) > 2)
+        bench.heard.failing = False
+        await until(lambda: bench.decisions > 0)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert {(role.value, n) for role, n, why in bench.heard.scales if why == "found"} == {
+        ("prefill", 1),
+        ("decode", 1),
+    }
