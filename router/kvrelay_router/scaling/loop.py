@@ -133,7 +133,7 @@ class ScalerLoop:
         await asyncio.sleep(ADOPT_S)
         for role in Role:
             self._desired[role] = max(self._joined(role), self._config.pool(role).min)
-            while not await self._tell(role, self._desired[role], 0, "found"):
+            while not await self._tell(role, self._desired[role], 0, "found"):  # noqa: ASYNC110 - not a condition: asked anew
                 await asyncio.sleep(RETRY_S)
 
     def _joined(self, role: Role) -> int:
