@@ -17,6 +17,14 @@ class Kvrelay:
     reasons: dict[str, int] = field(default_factory=dict)
     """Decisions by pool and reason."""
 
+    @property
+    def resting(self) -> bool:
+        memory, config = self.memory, self.config
+        return (memory.prefill.target, memory.decode.target) == (
+            config.prefill.min,
+            config.decode.min,
+        )
+
     def targets(self, state: FleetState, now: float) -> Targets:
         decision = decide(state, now, self.config, self.memory)
         self.memory = decision.memory
@@ -30,6 +38,7 @@ class AlwaysOn:
     """As many as the oracle ever needs, all the time."""
 
     replicas: Targets
+    resting: bool = True
 
     def targets(self, state: FleetState, now: float) -> Targets:  # noqa: ARG002 - it looks at nothing
         return self.replicas
@@ -66,6 +75,8 @@ class QueueHpa:
 
     config: ScalerConfig
     backlog_s: float = 5.0
+    resting: bool = False
+    """It looks every 15 s, whatever happens."""
     _synced_at: float = -math.inf
     _held: Targets = field(default_factory=lambda: Targets(1, 1))
     _recent: tuple[_Recent, _Recent] = field(default_factory=lambda: (deque(), deque()))
@@ -100,6 +111,7 @@ class KeepAlive:
     config: ScalerConfig
     backlog_s: float = 5.0
     keep_s: float = 600.0
+    resting: bool = False
     _needed: tuple[_Recent, _Recent] = field(default_factory=lambda: (deque(), deque()))
 
     def targets(self, state: FleetState, now: float) -> Targets:
@@ -135,6 +147,8 @@ class Planned:
     bin_s: float
     lead_s: tuple[float, float]
     """How long a start of each pool takes."""
+    resting: bool = False
+    """The plan changes with time."""
 
     def targets(self, state: FleetState, now: float) -> Targets:
         first = int(now / self.bin_s)
