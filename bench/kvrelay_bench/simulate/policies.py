@@ -14,6 +14,7 @@ class Kvrelay:
 
     config: ScalerConfig
     memory: Memory = field(default_factory=Memory)
+    every_s: float | None = None
     reasons: dict[str, int] = field(default_factory=dict)
     """Decisions by pool and reason."""
 
@@ -38,7 +39,8 @@ class AlwaysOn:
     """As many as the oracle ever needs, all the time."""
 
     replicas: Targets
-    resting: bool = True
+    every_s: float | None = math.inf
+    resting: bool = False
 
     def targets(self, state: FleetState, now: float) -> Targets:  # noqa: ARG002 - it looks at nothing
         return self.replicas
@@ -75,23 +77,17 @@ class QueueHpa:
 
     config: ScalerConfig
     backlog_s: float = 5.0
+    every_s: float | None = 15.0
     resting: bool = False
-    """It looks every 15 s, whatever happens."""
-    _synced_at: float = -math.inf
-    _held: Targets = field(default_factory=lambda: Targets(1, 1))
     _recent: tuple[_Recent, _Recent] = field(default_factory=lambda: (deque(), deque()))
 
     def targets(self, state: FleetState, now: float) -> Targets:
-        if now - self._synced_at < 15:
-            return self._held
-        self._synced_at = now
         prompts, blocks = _wants(state, self.config, self.backlog_s)
-        self._held = _bounded(
+        return _bounded(
             self._desired(prompts, state.prefill.ready, self._recent[0], now),
             self._desired(blocks, state.decode.ready, self._recent[1], now),
             self.config,
         )
-        return self._held
 
     def _desired(self, worth: float, ready: int, recent: _Recent, now: float) -> int:
         wanted = ready if abs(worth / max(1, ready) - 1) <= 0.1 else math.ceil(worth)
@@ -111,6 +107,7 @@ class KeepAlive:
     config: ScalerConfig
     backlog_s: float = 5.0
     keep_s: float = 600.0
+    every_s: float | None = None
     resting: bool = False
     _needed: tuple[_Recent, _Recent] = field(default_factory=lambda: (deque(), deque()))
 
@@ -147,8 +144,8 @@ class Planned:
     bin_s: float
     lead_s: tuple[float, float]
     """How long a start of each pool takes."""
+    every_s: float | None = None
     resting: bool = False
-    """The plan changes with time."""
 
     def targets(self, state: FleetState, now: float) -> Targets:
         first = int(now / self.bin_s)

@@ -32,9 +32,14 @@ _W = TypeVar("_W")
 
 
 class Policy(Protocol):
-    """Decides on replicas, called every `Fleet.decide_every_s` and when a request is parked."""
+    """Decides on replicas, called every so often and when a request is parked."""
 
     def targets(self, state: FleetState, now: float) -> Targets: ...
+
+    @property
+    def every_s(self) -> float | None:
+        """How often it looks; None: every `Fleet.decide_every_s`."""
+        ...
 
     @property
     def resting(self) -> bool:
@@ -62,6 +67,7 @@ class Simulation:
     def __init__(self, fleet: Fleet, policy: Policy, *, seed: int = 0) -> None:
         self._fleet = fleet
         self._policy = policy
+        self._every_s = fleet.decide_every_s if policy.every_s is None else policy.every_s
         self._random = random.Random(seed)
         self._router = RouterConfig(model_dir=FilePath(), model_name="simulated")
         rates = fleet.rates
@@ -136,7 +142,7 @@ class Simulation:
         self._decide(now)
         busy = self._live or self._prefill.paid or self._decode.paid
         self._ticking = bool(busy) and not self._rests(now)
-        self._next_tick = now + self._fleet.decide_every_s
+        self._next_tick = now + self._every_s
         if self._ticking:
             self._at(self._next_tick, self._tick)
 
@@ -151,7 +157,7 @@ class Simulation:
 
     def _wake(self, now: float) -> None:
         """Decide when it would have been decided last, had nobody rested; then every so often again."""
-        every = self._fleet.decide_every_s
+        every = self._every_s
         if self._prefill.paid or self._decode.paid:
             missed = math.floor((now - self._next_tick) / every)
             if missed >= 0:

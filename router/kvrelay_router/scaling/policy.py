@@ -118,11 +118,15 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         afforded,
         replace(
             memory,
-            prefill=replace(prefill_memory, target=afforded.prefill),
-            decode=replace(decode_memory, target=afforded.decode),
+            prefill=_aim(prefill_memory, afforded.prefill),
+            decode=_aim(decode_memory, afforded.decode),
         ),
         Reasons(str(prefill_why), str(decode_why)),
     )
+
+
+def _aim(mine: PoolMemory, target: int) -> PoolMemory:
+    return mine if mine.target == target else replace(mine, target=target)
 
 
 # ---- what the load calls for
@@ -300,14 +304,18 @@ def _damped(
     if need.demanded and current == 0 and need.replicas is None:
         return 1, Reason.WAKE, mine
     if need.replicas is None:
-        return current, Reason.MISSING, replace(mine, low_since=None)
+        return current, Reason.MISSING, _no_surplus(mine)
     if need.replicas > current:
         if mine.blocked_until is not None and at.now < mine.blocked_until and current > 0:
             return current, Reason.BLOCKED, mine
-        return need.replicas, need.why, replace(mine, low_since=None, low_peak=0)
+        return need.replicas, need.why, _no_surplus(mine)
     if need.replicas == current and not (current and need.dispensable):
-        return current, Reason.STEADY, replace(mine, low_since=None, low_peak=0)
+        return current, Reason.STEADY, _no_surplus(mine)
     return _shrink(current, need, need.replicas, at, mine)
+
+
+def _no_surplus(mine: PoolMemory) -> PoolMemory:
+    return mine if mine.low_since is None else replace(mine, low_since=None, low_peak=0)
 
 
 def _shrink(
@@ -316,7 +324,8 @@ def _shrink(
     """Fewer would do: only when it has lasted, and to zero only when nobody came at all."""
     since = at.now if mine.low_since is None else mine.low_since
     peak = replicas if mine.low_since is None else max(mine.low_peak, replicas)
-    mine = replace(mine, low_since=since, low_peak=peak)
+    if (since, peak) != (mine.low_since, mine.low_peak):
+        mine = replace(mine, low_since=since, low_peak=peak)
     if mine.changed_at is not None and at.now - mine.changed_at < at.config.cooldown_s:
         return current, Reason.COOLDOWN, mine
     if need.dispensable and _idle(need, at):
@@ -340,19 +349,26 @@ def _idle(need: _Need, at: _Moment) -> bool:
 def _remember(memory: Memory, state: FleetState, now: float, config: ScalerConfig) -> Memory:
     """What this state adds to the averages and to the account."""
     passed = 0.0 if memory.decided_at is None else max(0.0, now - memory.decided_at)
-    memory = _account(memory, state, now)
-    speed = state.prefill_load.tokens_per_second
-    if speed:
-        speed = _average(memory.tokens_per_second, speed, passed, _SPEED_S)
-        memory = replace(memory, tokens_per_second=speed)
-    wanted = _decode_wanted(state, config)
-    if wanted is None:
-        # Without a worker there is nothing to average; an unknown metric leaves what was known.
-        return memory if state.decode.ready else replace(memory, decode_wanted=None)
-    # A replica helps only against what outlasts its start.
-    over_s = _start_s(state, Role.DECODE, config)
-    average = _average(memory.decode_wanted, wanted[0], passed, over_s)
-    return replace(memory, decode_wanted=average, decode_why=str(wanted[1]))
+    began, spent = _account(memory, state, now)
+    speed = memory.tokens_per_second
+    if measured := state.prefill_load.tokens_per_second:
+        speed = _average(speed, measured, passed, _SPEED_S)
+    # Without a worker there is nothing to average; an unknown metric leaves what was known.
+    average, why = memory.decode_wanted if state.decode.ready else None, memory.decode_why
+    if wanted := _decode_wanted(state, config):
+        # A replica helps only against what outlasts its start.
+        average = _average(average, wanted[0], passed, _start_s(state, Role.DECODE, config))
+        why = str(wanted[1])
+    return replace(
+        memory,
+        started_at=now if memory.started_at is None else memory.started_at,
+        tokens_per_second=speed,
+        decode_wanted=average,
+        decode_why=why,
+        decided_at=now,
+        hour_began=began,
+        hour_spent=spent,
+    )
 
 
 def _average(before: float | None, value: float, passed_s: float, over_s: float) -> float:
@@ -365,21 +381,15 @@ def _average(before: float | None, value: float, passed_s: float, over_s: float)
 # ---- budget
 
 
-def _account(memory: Memory, state: FleetState, now: float) -> Memory:
-    """When we began, and what the fleet has cost this hour."""
+def _account(memory: Memory, state: FleetState, now: float) -> tuple[float, float]:
+    """When this hour began, and what the fleet has cost in it."""
     began = now if memory.hour_began is None else memory.hour_began
     spent, last = memory.hour_spent, now if memory.decided_at is None else memory.decided_at
     running = sum(p.ready + len(p.pending) + p.draining for p in (state.prefill, state.decode))
     if now - began >= _HOUR:
         began += _HOUR * ((now - began) // _HOUR)
         spent, last = 0.0, max(last, began)
-    return replace(
-        memory,
-        started_at=now if memory.started_at is None else memory.started_at,
-        decided_at=now,
-        hour_began=began,
-        hour_spent=spent + running * max(0.0, now - last),
-    )
+    return began, spent + running * max(0.0, now - last)
 
 
 def _afford(targets: Targets, now: float, config: ScalerConfig, memory: Memory) -> Targets:
