@@ -77,8 +77,8 @@ def test_a_hundred_requests_at_zero_cause_one_start_before_it_is_up():
 
 def test_nobody_loses_a_request_and_the_oracle_is_cheaper_than_anybody():
     fleet = read_fleet(fleet_path("h100-8b-sleep"))
-    runs, plan, _ = simulate(fleet, LOADS["square"](3)[:600])
-    rows = [summarise_run(n, run, fleet.slo, plan.gpu_seconds) for n, run in runs.items()]
+    runs, known, _ = simulate(fleet, LOADS["square"](3)[:600])
+    rows = [summarise_run(n, run, fleet.slo, known.best.gpu_seconds) for n, run in runs.items()]
     assert all(row.lost == 0 for row in rows)
     assert all(row.regret is not None and row.regret >= 1 for row in rows)
 

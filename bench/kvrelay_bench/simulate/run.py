@@ -14,7 +14,7 @@ from kvrelay_bench.serve.workload import PlannedRequest
 from kvrelay_bench.simulate.charts import draw
 from kvrelay_bench.simulate.fleet import Fleet, read_fleet
 from kvrelay_bench.simulate.loads import LOADS, multiply
-from kvrelay_bench.simulate.oracle import Plan, clairvoyant
+from kvrelay_bench.simulate.oracle import Clairvoyant, Plan, clairvoyant
 from kvrelay_bench.simulate.outcome import Outcome, summarise_run
 from kvrelay_bench.simulate.policies import AlwaysOn, KeepAlive, Kvrelay, Planned, QueueHpa
 from kvrelay_bench.simulate.simulation import Policy, Run, Simulation
@@ -32,11 +32,13 @@ def run_simulate(values: SimpleNamespace) -> int:
     if values.warmup and values.warmup >= plans[-1].arrival_s:
         raise UsageError(f"--warmup {values.warmup:g} must end before the last arrival")
     began = time.perf_counter()
-    runs, plan, policy = simulate(fleet, plans, seed=values.seed)
+    runs, known, policy = simulate(fleet, plans, seed=values.seed)
     took = time.perf_counter() - began
+    plan = known.best
     oracle_s = plan.gpu_seconds_from(values.warmup, fleet)
+    apart_s = known.apart.gpu_seconds_from(values.warmup, fleet) if known.apart else None
     rows = [
-        summarise_run(name, run, fleet.slo, oracle_s, warmup_s=values.warmup)
+        summarise_run(name, run, fleet.slo, oracle_s, apart_s, warmup_s=values.warmup)
         for name, run in runs.items()
     ]
     _print(fleet, plan, rows, oracle_s=oracle_s, run=runs["kvrelay"], took=took)
@@ -65,12 +67,13 @@ def run_simulate(values: SimpleNamespace) -> int:
                 "gpu_hours": oracle_s / 3600,
                 "gpu_hours_with_warmup": plan.gpu_seconds / 3600,
                 "aggregated": plan.aggregated,
-                "two_pools_gpu_hours_with_warmup": plan.two_pools_gpu_seconds / 3600,
+                "two_pools_gpu_hours": None if apart_s is None else apart_s / 3600,
                 "peak_prefill": plan.peak.prefill,
                 "peak_decode": plan.peak.decode,
             },
             "reasons": dict(sorted(policy.reasons.items())),
             "simulated_s": runs["kvrelay"].ended_at,
+            "took_s": took,
         },
         command="kvrelay simulate",
     )
@@ -80,12 +83,13 @@ def run_simulate(values: SimpleNamespace) -> int:
 
 def simulate(
     fleet: Fleet, plans: list[PlannedRequest], *, seed: int = 0
-) -> tuple[Mapping[str, Run], Plan, Kvrelay]:
-    """Our policy first, the oracle's plan for what the requests cost in that run, then the others."""
+) -> tuple[Mapping[str, Run], Clairvoyant, Kvrelay]:
+    """Our policy first, the oracle's plans for what the requests cost in that run, then the others."""
     config = fleet.scaler()
     ours = Kvrelay(config)
     runs = {"kvrelay": Simulation(fleet, ours, seed=seed).run(plans)}
-    plan = clairvoyant(fleet, runs["kvrelay"].requests, runs["kvrelay"].ended_at)
+    known = clairvoyant(fleet, runs["kvrelay"].requests, runs["kvrelay"].ended_at)
+    plan = known.best
     lead = (fleet.prefill.start_s, fleet.decode.start_s)
     others: Mapping[str, Callable[[], Policy]] = {
         "plan replayed": lambda: Planned(plan.replicas, plan.bin_s, lead),
@@ -95,7 +99,7 @@ def simulate(
     }
     for name, make in others.items():
         runs[name] = Simulation(fleet, make(), seed=seed).run(plans)
-    return runs, plan, ours
+    return runs, known, ours
 
 
 def fleet_path(value: str) -> Path:
@@ -152,10 +156,10 @@ def _print(
         f"{plan.peak.decode} replicas{', one pool' if plan.aggregated else ''}\n"
     )
     table = Table(
-        ["policy", "GPU-h", "x oracle", "within %", "TTFT p50", "p99", "longest", "TPOT p99",
+        ["policy", "GPU-h", "x oracle", "x two pools", "within %", "TTFT p50", "p99", "longest", "TPOT p99",
          "starts", "met cold", "flaps", "lost"],
         [
-            [row.policy, row.gpu_hours, row.regret, round(100 * row.attainment, 2), row.ttft_p50_s,
+            [row.policy, row.gpu_hours, row.regret, row.regret_two_pools, round(100 * row.attainment, 2), row.ttft_p50_s,
              row.ttft_p99_s, row.longest_wait_s, row.tpot_p99_s, row.cold_starts,
              row.met_cold_start, row.flaps, row.lost]
             for row in rows

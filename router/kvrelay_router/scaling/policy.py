@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from kvrelay_router.requests.placement import Role
 from kvrelay_router.scaling.config import PoolConfig, ScalerConfig
+from kvrelay_router.scaling.shape import Sizes, reshape
 from kvrelay_router.scaling.state import (
     Decision,
     FleetState,
@@ -17,6 +18,7 @@ from kvrelay_router.scaling.state import (
     PoolMemory,
     PoolState,
     Reasons,
+    ShapeMemory,
     Targets,
 )
 
@@ -49,6 +51,8 @@ class Reason(StrEnum):
     IDLE = "idle"
     SURPLUS = "surplus"
     """Fewer have sufficed for the stabilisation time."""
+    MERGED = "merged"
+    """Decode workers do the pool's work as well, with fewer replicas in all."""
     MISSING = "missing_metric"
     BLOCKED = "start_timeout"
     """Replicas asked for never came: no more for now."""
@@ -96,16 +100,18 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         memory for the next call. The same arguments give the same decision.
     """
     memory = _remember(memory, state, now, config)
+    memory = replace(memory, shape=_shape(state, now, config, memory))
     watched_s = now - (now if memory.started_at is None else memory.started_at)
+    decode_need = _decode_need(state, config, memory)
     decode, decode_why, decode_memory = _pool(
         state.decode,
-        _decode_need(state, config, memory),
+        decode_need,
         _Moment(now, config.decode, watched_s),
         memory.decode,
     )
     prefill, prefill_why, prefill_memory = _pool(
         state.prefill,
-        _prefill_need(state, config, memory),
+        _prefill_need(state, config, memory, decode_need),
         _Moment(now, config.prefill, watched_s),
         memory.prefill,
     )
@@ -120,6 +126,7 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
             memory,
             prefill=_aim(prefill_memory, afforded.prefill),
             decode=_aim(decode_memory, afforded.decode),
+            shape=memory.shape if afforded.prefill else replace(memory.shape, apart=False),
         ),
         Reasons(str(prefill_why), str(decode_why)),
     )
@@ -165,11 +172,12 @@ def _decode_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Ne
     if state.decode.ready:  # before that, one serves whoever is parked and shows what it can do
         if demanded and memory.decode_wanted is not None:
             wants.append((math.ceil(memory.decode_wanted), Reason(memory.decode_why)))
-        if config.prefill.max == 0:
+        if not memory.shape.apart:
             prompts = _prompt_workers(state, Role.DECODE, config, memory)
-            if prompts is None:
+            if prompts is not None:
+                wants.append(prompts)
+            elif config.prefill.max == 0 or _speed(memory, Role.DECODE):
                 return unknown
-            wants.append(prompts)
     replicas, why = max(wants, key=lambda want: want[0])
     return _Need(replicas, why, demanded, dispensable=not demanded, idle_s=load.idle_s)
 
@@ -193,31 +201,55 @@ def _decode_wanted(state: FleetState, config: ScalerConfig) -> tuple[float, Reas
     return (blocks, Reason.OCCUPANCY) if blocks >= streams else (streams, Reason.STREAMS)
 
 
-def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Need:
-    load, speed = state.prefill_load, _speed(memory)
+def _prefill_need(
+    state: FleetState, config: ScalerConfig, memory: Memory, decode: _Need
+) -> _Need:
+    load = state.prefill_load
     present = state.prefill.desired > 0
     demanded = present and bool(load.uncached_tokens)
     prompts = _prompt_workers(state, Role.PREFILL, config, memory)
-    if (
-        prompts is None
-        or speed is None
-        or load.uncached_tokens is None
-        or load.arriving_tokens_per_second is None
-    ):
+    if prompts is None:
         return _Need(None, Reason.MISSING, demanded, dispensable=False, idle_s=None)
     replicas, why = prompts
-    # Decode workers compute prompts themselves where nobody else does; a few they may keep.
+    if memory.shape.apart:
+        dispensable = not demanded and _kept(state, config, memory)
+        replicas = replicas if present else max(1, replicas)
+        return _Need(replicas, why, demanded, dispensable=dispensable, idle_s=load.idle_s)
+    if present and (decode.replicas is None or state.decode.ready < decode.replicas):
+        # It stays until the decode workers are there that are to do its work.
+        return _Need(max(1, replicas), why, demanded, dispensable=False, idle_s=load.idle_s)
+    why = Reason.MERGED if present else Reason.STEADY
+    return _Need(0, why, demanded=False, dispensable=True, idle_s=math.inf)
+
+
+def _shape(state: FleetState, now: float, config: ScalerConfig, memory: Memory) -> ShapeMemory:
+    """One pool or two from now on."""
+    mine, prefill = memory.shape, config.prefill
+    if prefill.max == 0 or prefill.min > 0:
+        return ShapeMemory(apart=prefill.max > 0)
+    if mine.apart is None:
+        mine = ShapeMemory(apart=state.prefill.desired > 0)
+    own = _prompt_workers(state, Role.PREFILL, config, memory)
+    local = _prompt_workers(state, Role.DECODE, config, memory)
+    if own is None or local is None:
+        return mine
+    if not state.decode.ready:  # one is on its way: there is nothing to compare with yet
+        return mine if mine.apart or _kept(state, config, memory) else ShapeMemory(apart=True)
+    streams = max(int(_demanded(state)), math.ceil(memory.decode_wanted or 0.0))
+    sizes = Sizes(max(streams, local[0]), config.decode.max, streams, own[0])
+    return reshape(mine, sizes, now, stabilisation_s=prefill.stabilisation_s)
+
+
+def _kept(state: FleetState, config: ScalerConfig, memory: Memory) -> bool:
+    """Whether so few prompts are there that the decode workers there are may keep them."""
+    load, speed = state.prefill_load, _speed(memory, Role.DECODE)
+    if load.uncached_tokens is None or load.arriving_tokens_per_second is None or not speed:
+        return False
     local = max(1, state.decode.ready)
     share = load.arriving_tokens_per_second / speed / local
     start_s = _start_s(state, Role.PREFILL, config)
     left = load.uncached_tokens / speed / local - (1.0 - share) * start_s
-    kept = share <= config.split_utilisation and left <= config.target_backlog_s
-    if present:
-        dispensable = kept and not demanded
-        return _Need(replicas, why, demanded, dispensable=dispensable, idle_s=load.idle_s)
-    if kept:
-        return _Need(0, Reason.STEADY, demanded=False, dispensable=True, idle_s=load.idle_s)
-    return _Need(max(1, replicas), why, demanded=False, dispensable=False, idle_s=load.idle_s)
+    return share <= config.split_utilisation and left <= config.target_backlog_s
 
 
 def _prompt_workers(
@@ -234,13 +266,15 @@ def _prompt_workers(
     What will have been finished when a worker asked for now is ready is no reason to ask for it, and one
     that works for a shorter time than it takes to start would cost more than it brings. Neither term
     looks at how many workers there are: those on their way need no discount, and a constant load always
-    calls for the same number.
+    calls for the same number. Decode workers that could have help may spend less of their time so.
     """
-    load, speed = state.prefill_load, _speed(memory)
+    load, speed = state.prefill_load, _speed(memory, role)
     if load.uncached_tokens is None or load.arriving_tokens_per_second is None or not speed:
         return None
     arriving = load.arriving_tokens_per_second / speed
-    by_rate = math.ceil(arriving / config.target_utilisation)
+    helped = role is Role.DECODE and config.prefill.max > 0
+    utilisation = config.split_utilisation if helped else config.target_utilisation
+    by_rate = math.ceil(arriving / utilisation)
     start_s = _start_s(state, role, config)
     patience = max(config.target_backlog_s, start_s)
     backlog_s = load.uncached_tokens / speed
@@ -256,8 +290,12 @@ def _start_s(state: FleetState, role: Role, config: ScalerConfig) -> float:
     return config.pool(role).start_s if measured is None else measured
 
 
-def _speed(memory: Memory) -> float | None:
+def _speed(memory: Memory, role: Role) -> float | None:
+    """Prompt tokens per second of a worker: streams beside it slow a decode worker down."""
     speed = memory.tokens_per_second
+    local = memory.local_tokens_per_second
+    if role is Role.DECODE and speed and local:
+        speed = min(speed, local)
     return max(speed, _SLOWEST) if speed else None
 
 
@@ -329,7 +367,7 @@ def _shrink(
     if mine.changed_at is not None and at.now - mine.changed_at < at.config.cooldown_s:
         return current, Reason.COOLDOWN, mine
     if need.dispensable and _idle(need, at):
-        return 0, Reason.IDLE, mine
+        return 0, Reason.MERGED if need.why is Reason.MERGED else Reason.IDLE, mine
     keep = max(peak, 1)
     if keep >= current:
         return current, Reason.NOT_IDLE if need.dispensable else Reason.STABILISING, mine
@@ -350,9 +388,11 @@ def _remember(memory: Memory, state: FleetState, now: float, config: ScalerConfi
     """What this state adds to the averages and to the account."""
     passed = 0.0 if memory.decided_at is None else max(0.0, now - memory.decided_at)
     began, spent = _account(memory, state, now)
-    speed = memory.tokens_per_second
+    speed, local = memory.tokens_per_second, memory.local_tokens_per_second
     if measured := state.prefill_load.tokens_per_second:
         speed = _average(speed, measured, passed, _SPEED_S)
+        alone = not state.prefill.ready and not state.prefill.draining
+        local = speed if alone else local
     # Without a worker there is nothing to average; an unknown metric leaves what was known.
     average, why = memory.decode_wanted if state.decode.ready else None, memory.decode_why
     if wanted := _decode_wanted(state, config):
@@ -363,6 +403,7 @@ def _remember(memory: Memory, state: FleetState, now: float, config: ScalerConfi
         memory,
         started_at=now if memory.started_at is None else memory.started_at,
         tokens_per_second=speed,
+        local_tokens_per_second=local,
         decode_wanted=average,
         decode_why=why,
         decided_at=now,

@@ -91,6 +91,16 @@ class PoolMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class ShapeMemory:
+    """Whether prompts have workers of their own."""
+
+    apart: bool | None = None
+    """None: not decided yet, as after a restart."""
+    other_since: float | None = None
+    """Since when the other shape would take fewer replicas, without a break."""
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Goes into `decide` and comes out of it. The default is that of a scaler just started."""
 
@@ -99,6 +109,9 @@ class Memory:
     started_at: float | None = None
     tokens_per_second: float | None = None
     """Prefill speed of late, averaged; a pool at zero has nobody to measure."""
+    local_tokens_per_second: float | None = None
+    """The same when decode workers last computed all prompts, between the steps of their streams."""
+    shape: ShapeMemory = field(default_factory=ShapeMemory)
     decode_wanted: float | None = None
     """Decode workers' worth of streams, averaged over the time of a start."""
     decode_why: str = ""
