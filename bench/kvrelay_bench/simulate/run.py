@@ -1,8 +1,9 @@
 """Run every policy on one load and report."""
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,20 +28,23 @@ def run_simulate(values: SimpleNamespace) -> int:
     """The command; 1 where a request was lost."""
     if values.plot:
         require_matplotlib()
-    fleet = read_fleet(fleet_path(values.fleet))
     plans = read_load(values)
     if values.warmup and values.warmup >= plans[-1].arrival_s:
         raise UsageError(f"--warmup {values.warmup:g} must end before the last arrival")
+    settings = dict(values.set or ())
+    if any(len(choices) > 1 for choices in settings.values()):
+        if values.plot:
+            raise UsageError("--plot draws one fleet: leave it out, or give each --set one value")
+        return run_sweep(values, plans, settings)
+    changes = {key: choices[0] for key, choices in settings.items()}
+    fleet = read_fleet(fleet_path(values.fleet), changes)
     began = time.perf_counter()
     runs, known, policy = simulate(fleet, plans, seed=values.seed)
     took = time.perf_counter() - began
     plan = known.best
     oracle_s = plan.gpu_seconds_from(values.warmup, fleet)
     apart_s = known.apart.gpu_seconds_from(values.warmup, fleet) if known.apart else None
-    rows = [
-        summarise_run(name, run, fleet.slo, oracle_s, apart_s, warmup_s=values.warmup)
-        for name, run in runs.items()
-    ]
+    rows = [_outcome(name, run, known, fleet, values.warmup) for name, run in runs.items()]
     _print(fleet, plan, rows, oracle_s=oracle_s, run=runs["kvrelay"], took=took)
     if values.plot:
         title = f"{load_name(values)} on {fleet.name}"
@@ -53,11 +57,9 @@ def run_simulate(values: SimpleNamespace) -> int:
             goal=fleet.slo.attainment,
             title=title,
         )
-    arguments = {**vars(values), "trace": load_name(values), "fleet": Path(values.fleet).name}
-    arguments |= {"out": _shown(values.out), "plot": _shown(values.plot)}
     path = write_report(
         "simulate",
-        arguments,
+        _arguments(values),
         [asdict(row) for row in rows],
         describe_machine(),
         Path(values.out) if values.out else None,
@@ -79,6 +81,35 @@ def run_simulate(values: SimpleNamespace) -> int:
     )
     print(f"\nresult: {path}")
     return 1 if any(row.lost for row in rows) else 0
+
+
+def run_sweep(
+    values: SimpleNamespace,
+    plans: list[PlannedRequest],
+    settings: Mapping[str, Sequence[str]],
+) -> int:
+    """Our policy and the oracle for each combination of settings; 1 where a request was lost."""
+    path = fleet_path(values.fleet)
+    began, rows = time.perf_counter(), []
+    for choice in itertools.product(*settings.values()):
+        changes = dict(zip(settings, choice, strict=True))
+        fleet = read_fleet(path, changes)
+        run = Simulation(fleet, Kvrelay(fleet.scaler()), seed=values.seed).run(plans)
+        known = clairvoyant(fleet, run.requests, run.ended_at)
+        rows.append((changes, _outcome("kvrelay", run, known, fleet, values.warmup)))
+    print(_sweep_table(rows))
+    print(f"\nsimulated in {time.perf_counter() - began:.1f} s")
+    written = write_report(
+        "simulate-sweep",
+        _arguments(values),
+        [{"settings": changes, **asdict(row)} for changes, row in rows],
+        describe_machine(),
+        Path(values.out) if values.out else None,
+        details={"fleet": read_fleet(path)},
+        command="kvrelay simulate",
+    )
+    print(f"\nresult: {written}")
+    return 1 if any(row.lost for _, row in rows) else 0
 
 
 def simulate(
@@ -124,17 +155,34 @@ def read_load(values: SimpleNamespace) -> list[PlannedRequest]:
         UsageError: neither.
     """
     if values.trace in LOADS:
-        plans = LOADS[values.trace](values.seed)[: values.limit]
+        plans = LOADS[values.trace](values.seed)
     else:
         path = Path(values.trace).expanduser()
         if not path.is_file():
             raise UsageError(f"--trace {values.trace} is no file, and none of {', '.join(LOADS)}")
-        plans = read_trace(path, limit=values.limit)
+        plans = read_trace(path)
+    plans = plans[values.skip :][: values.limit]
+    if not plans:
+        raise UsageError(f"--skip {values.skip} leaves no request of {load_name(values)}")
+    if values.skip:
+        began = plans[0].arrival_s
+        plans = [replace(plan, arrival_s=plan.arrival_s - began) for plan in plans]
     return multiply(plans, values.copies, values.seed) if values.copies > 1 else plans
 
 
 def load_name(values: SimpleNamespace) -> str:
     return values.trace if values.trace in LOADS else Path(values.trace).name
+
+
+def _outcome(name: str, run: Run, known: Clairvoyant, fleet: Fleet, warmup_s: float) -> Outcome:
+    oracle_s = known.best.gpu_seconds_from(warmup_s, fleet)
+    apart_s = known.apart.gpu_seconds_from(warmup_s, fleet) if known.apart else None
+    return summarise_run(name, run, fleet.slo, oracle_s, apart_s, warmup_s=warmup_s)
+
+
+def _arguments(values: SimpleNamespace) -> Mapping[str, object]:
+    arguments = {**vars(values), "trace": load_name(values), "fleet": Path(values.fleet).name}
+    return arguments | {"out": _shown(values.out), "plot": _shown(values.plot)}
 
 
 def _shown(value: str | Path | None) -> str | None:
@@ -143,6 +191,19 @@ def _shown(value: str | Path | None) -> str | None:
         return None
     path = Path(value)
     return path.name if path.is_absolute() else str(path)
+
+
+def _sweep_table(rows: Sequence[tuple[Mapping[str, str], Outcome]]) -> str:
+    return Table(
+        [*rows[0][0], "GPU-h", "prefill", "x oracle", "x two pools", "within %", "TTFT p99", "TPOT p99",
+         "starts", "flaps"],
+        [
+            [*changes.values(), row.gpu_hours, row.prefill_gpu_hours, row.regret,
+             row.regret_two_pools, round(100 * row.attainment, 2), row.ttft_p99_s, row.tpot_p99_s,
+             row.cold_starts, row.flaps]
+            for changes, row in rows
+        ],
+    ).text()  # fmt: skip
 
 
 def _print(

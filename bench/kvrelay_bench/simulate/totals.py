@@ -55,14 +55,15 @@ class FleetTotals:
         self, *, parked_tokens: int, arriving_tokens_per_second: float, idle_s: float
     ) -> PrefillLoad:
         sums = self._current()
-        speed = None
+        own = local = None
         if sums.prefill_measured:
-            speed = sums.prefill_speed * _SPEED_UNIT / sums.prefill_measured
-        elif sums.local_measured:
-            speed = sums.local_speed * _SPEED_UNIT / sums.local_measured
+            own = sums.prefill_speed * _SPEED_UNIT / sums.prefill_measured
+        if sums.local_measured:
+            local = sums.local_speed * _SPEED_UNIT / sums.local_measured
         return PrefillLoad(
             uncached_tokens=sums.backlog_tokens + parked_tokens,
-            tokens_per_second=speed,
+            tokens_per_second=own or local,
+            local_tokens_per_second=local,
             arriving_tokens_per_second=arriving_tokens_per_second,
             idle_s=idle_s,
         )

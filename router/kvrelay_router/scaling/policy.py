@@ -5,8 +5,9 @@ request is parked. The formulae are in docs/scaling.md, their reasons in ADR 18.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from kvrelay_router.requests.placement import Role
 from kvrelay_router.scaling.config import PoolConfig, ScalerConfig
@@ -63,8 +64,7 @@ class Reason(StrEnum):
     BUDGET = "budget"
 
 
-@dataclass(frozen=True, slots=True)
-class _Need:
+class _Need(NamedTuple):
     """Replicas that the load calls for; None where a metric is missing."""
 
     replicas: int | None
@@ -76,8 +76,7 @@ class _Need:
     idle_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Moment:
+class _Moment(NamedTuple):
     """When one pool is decided on, and by what settings."""
 
     now: float
@@ -100,7 +99,9 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         memory for the next call. The same arguments give the same decision.
     """
     memory = _remember(memory, state, now, config)
-    memory = replace(memory, shape=_shape(state, now, config, memory))
+    shape = _shape(state, now, config, memory)
+    if shape != memory.shape:
+        memory = replace(memory, shape=shape)
     watched_s = now - (now if memory.started_at is None else memory.started_at)
     decode_need = _decode_need(state, config, memory)
     decode, decode_why, decode_memory = _pool(
@@ -292,10 +293,8 @@ def _start_s(state: FleetState, role: Role, config: ScalerConfig) -> float:
 
 def _speed(memory: Memory, role: Role) -> float | None:
     """Prompt tokens per second of a worker: streams beside it slow a decode worker down."""
-    speed = memory.tokens_per_second
-    local = memory.local_tokens_per_second
-    if role is Role.DECODE and speed and local:
-        speed = min(speed, local)
+    own, local = memory.tokens_per_second, memory.local_tokens_per_second
+    speed = (own or local) if role is Role.PREFILL else (local or own)
     return max(speed, _SLOWEST) if speed else None
 
 
@@ -388,11 +387,11 @@ def _remember(memory: Memory, state: FleetState, now: float, config: ScalerConfi
     """What this state adds to the averages and to the account."""
     passed = 0.0 if memory.decided_at is None else max(0.0, now - memory.decided_at)
     began, spent = _account(memory, state, now)
-    speed, local = memory.tokens_per_second, memory.local_tokens_per_second
-    if measured := state.prefill_load.tokens_per_second:
-        speed = _average(speed, measured, passed, _SPEED_S)
-        alone = not state.prefill.ready and not state.prefill.draining
-        local = speed if alone else local
+    load, speed, local = state.prefill_load, memory.tokens_per_second, memory.local_tokens_per_second
+    if load.tokens_per_second and load.tokens_per_second != load.local_tokens_per_second:
+        speed = _average(speed, load.tokens_per_second, passed, _SPEED_S)
+    if load.local_tokens_per_second:
+        local = _average(local, load.local_tokens_per_second, passed, _SPEED_S)
     # Without a worker there is nothing to average; an unknown metric leaves what was known.
     average, why = memory.decode_wanted if state.decode.ready else None, memory.decode_why
     if wanted := _decode_wanted(state, config):

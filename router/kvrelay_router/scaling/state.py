@@ -32,7 +32,11 @@ class PrefillLoad:
     uncached_tokens: int | None = None
     """Prompt tokens still to compute: waiting, in progress, and those of parked requests."""
     tokens_per_second: float | None = None
-    """Of one worker, measured around the computation itself; None before the first prompt."""
+    """Of one worker, measured around the computation itself; None before the first prompt. Of a decode
+    worker, where no prefill worker has been measured.
+    """
+    local_tokens_per_second: float | None = None
+    """Of one decode worker that computed prompts between the steps of its streams."""
     arriving_tokens_per_second: float | None = None
     """Uncached prompt tokens asked for, averaged over minutes (`meter.DemandMeter`)."""
     idle_s: float | None = None
@@ -110,7 +114,7 @@ class Memory:
     tokens_per_second: float | None = None
     """Prefill speed of late, averaged; a pool at zero has nobody to measure."""
     local_tokens_per_second: float | None = None
-    """The same when decode workers last computed all prompts, between the steps of their streams."""
+    """The same of decode workers."""
     shape: ShapeMemory = field(default_factory=ShapeMemory)
     decode_wanted: float | None = None
     """Decode workers' worth of streams, averaged over the time of a start."""
