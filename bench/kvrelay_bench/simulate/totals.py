@@ -85,6 +85,8 @@ class FleetTotals:
             for worker in self.changed:
                 share = _share(worker.state())
                 before = self._shares.get(worker, _NOTHING)
+                if share == before:
+                    continue
                 self._shares[worker] = share
                 for place, (new, old) in enumerate(zip(share, before, strict=True)):
                     sums[place] += new - old

@@ -121,16 +121,23 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         prefill_why = Reason.BUDGET
     if afforded.decode < decode:
         decode_why = Reason.BUDGET
+    if memory.shape.apart and not afforded.prefill:
+        memory = replace(memory, shape=replace(memory.shape, apart=False))
     return Decision(
         afforded,
-        replace(
+        _recall(
             memory,
-            prefill=_aim(prefill_memory, afforded.prefill),
-            decode=_aim(decode_memory, afforded.decode),
-            shape=memory.shape if afforded.prefill else replace(memory.shape, apart=False),
+            _aim(prefill_memory, afforded.prefill),
+            _aim(decode_memory, afforded.decode),
         ),
         Reasons(str(prefill_why), str(decode_why)),
     )
+
+
+def _recall(memory: Memory, prefill: PoolMemory, decode: PoolMemory) -> Memory:
+    if memory.prefill is prefill and memory.decode is decode:
+        return memory
+    return replace(memory, prefill=prefill, decode=decode)
 
 
 def _aim(mine: PoolMemory, target: int) -> PoolMemory:
