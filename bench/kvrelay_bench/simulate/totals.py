@@ -101,9 +101,7 @@ def _share(worker: WorkerState) -> _Share:
     if worker.role is Role.PREFILL:
         return _Share(worker.backlog_tokens + worker.pending_tokens, speed, measured)
     if worker.draining:
-        return _Share(
-            worker.backlog_tokens, 0, 0, speed, measured, streams=worker.running
-        )
+        return _Share(worker.backlog_tokens, 0, 0, speed, measured, streams=worker.running)
     return _Share(
         worker.backlog_tokens,
         0,

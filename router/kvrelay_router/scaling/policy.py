@@ -209,9 +209,7 @@ def _decode_wanted(state: FleetState, config: ScalerConfig) -> tuple[float, Reas
     return (blocks, Reason.OCCUPANCY) if blocks >= streams else (streams, Reason.STREAMS)
 
 
-def _prefill_need(
-    state: FleetState, config: ScalerConfig, memory: Memory, decode: _Need
-) -> _Need:
+def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory, decode: _Need) -> _Need:
     load = state.prefill_load
     present = state.prefill.desired > 0
     demanded = present and bool(load.uncached_tokens)
@@ -394,7 +392,11 @@ def _remember(memory: Memory, state: FleetState, now: float, config: ScalerConfi
     """What this state adds to the averages and to the account."""
     passed = 0.0 if memory.decided_at is None else max(0.0, now - memory.decided_at)
     began, spent = _account(memory, state, now)
-    load, speed, local = state.prefill_load, memory.tokens_per_second, memory.local_tokens_per_second
+    load, speed, local = (
+        state.prefill_load,
+        memory.tokens_per_second,
+        memory.local_tokens_per_second,
+    )
     if load.tokens_per_second and load.tokens_per_second != load.local_tokens_per_second:
         speed = _average(speed, load.tokens_per_second, passed, _SPEED_S)
     if load.local_tokens_per_second:

@@ -30,9 +30,7 @@ class Sizes:
         return self.together > self.most or self.streams + self.prompts <= self.together
 
 
-def reshape(
-    mine: ShapeMemory, sizes: Sizes, now: float, *, stabilisation_s: float
-) -> ShapeMemory:
+def reshape(mine: ShapeMemory, sizes: Sizes, now: float, *, stabilisation_s: float) -> ShapeMemory:
     """Change shape once the other has been preferred for `stabilisation_s` without a break.
 
     At once where decode workers can't be as many as they would have to be.

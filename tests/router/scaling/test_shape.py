@@ -37,7 +37,8 @@ def _load(tokens_per_second, blocks=100, uncached=100):
 def test_decode_workers_with_room_take_the_prompts_over_under_load():
     decisions = _steps(fleet(1, 1), 90, _load(300.0))
     assert decisions[-1].targets == Targets(0, 1)
-    assert decisions[29].targets == Targets(1, 1)  # not before it has lasted for the stabilisation time
+    # Not before it has lasted for the stabilisation time.
+    assert decisions[29].targets == Targets(1, 1)
 
 
 def test_prefill_workers_stay_until_the_decode_workers_that_replace_them_are_there():
