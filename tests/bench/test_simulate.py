@@ -263,7 +263,7 @@ def test_values_of_the_fleet_file_can_be_swept(tmp_path, capsys):
     (["--set", "slo=1"], "slo. must be a mapping"),
     (["--set", "decode.max=-1"], "decode.max is -1"),
     (["--skip", "99999999"], "leaves no request"),
-    (["--set", "slo.ttft_s=1,2", "--plot", "x.png"], "--plot draws one fleet"),
+    (["--set", "slo.ttft_s=1,2", "--plot", "x.png"], "--plot draws all policies on one fleet"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_one_clear_line(capsys, flags, says):
     assert main(["simulate", "--trace", "lone", *flags]) == 2

@@ -32,9 +32,10 @@ def run_simulate(values: SimpleNamespace) -> int:
     if values.warmup and values.warmup >= plans[-1].arrival_s:
         raise UsageError(f"--warmup {values.warmup:g} must end before the last arrival")
     settings = dict(values.set or ())
-    if any(len(choices) > 1 for choices in settings.values()):
+    if values.brief or any(len(choices) > 1 for choices in settings.values()):
         if values.plot:
-            raise UsageError("--plot draws one fleet: leave it out, or give each --set one value")
+            raise UsageError("--plot draws all policies on one fleet: leave it or --brief out, and give "
+                             "each --set one value")  # fmt: skip
         return run_sweep(values, plans, settings)
     changes = {key: choices[0] for key, choices in settings.items()}
     fleet = read_fleet(fleet_path(values.fleet), changes)

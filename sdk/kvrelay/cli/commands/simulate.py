@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from kvrelay.cli.command import Command
-from kvrelay.cli.flags import Flag, duration, integer, text
+from kvrelay.cli.flags import Flag, boolean, duration, integer, text
 
 
 def _settings(value: str) -> tuple[str, tuple[str, ...]]:
@@ -29,6 +29,7 @@ _FLAGS = (
          "load", "TIME"),
     Flag("--seed", "of synthetic loads, and of placement in large fleets", integer(0), 0, "load",
          "N"),
+    Flag("--brief", "our policy and the oracle, no other", boolean, False, "result", switch=True),
     Flag("--out", "where the JSON goes", text, None, "result", "FILE"),
     Flag("--plot", "draw demand, replicas and cost (.png, .svg, .pdf)", text, None, "result",
          "FILE"),
