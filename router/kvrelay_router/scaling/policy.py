@@ -248,7 +248,7 @@ def _shape(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
 
 def _kept(state: FleetState, config: ScalerConfig, memory: Memory) -> bool:
     """Whether so few prompts are there that the decode workers there are may keep them."""
-    load, speed = state.prefill_load, _speed(memory, Role.DECODE)
+    load, speed = state.prefill_load, _speed(memory, Role.PREFILL)
     if load.uncached_tokens is None or load.arriving_tokens_per_second is None or not speed:
         return False
     local = max(1, state.decode.ready)
