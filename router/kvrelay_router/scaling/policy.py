@@ -183,7 +183,9 @@ def _decode_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Ne
         if not memory.shape.apart:
             prompts = _prompt_workers(state, Role.DECODE, config, memory)
             if prompts is not None:
-                wants.append(prompts)
+                # The average outlasts the last request: with nobody there it is no reason to grow.
+                wanted = prompts[0] if demanded else min(prompts[0], state.decode.desired)
+                wants.append((wanted, prompts[1]))
             elif config.prefill.max == 0 or _speed(memory, Role.DECODE):
                 return unknown
     replicas, why = max(wants, key=lambda want: want[0])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from fleets import BLOCKS, CONFIG, POOL, decode_load, fleet, obeyed, prefill_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,6 +83,17 @@ def test_one_pool_by_its_settings_is_never_apart():
     config = replace(CONFIG, prefill=PoolConfig(max=0))
     decision = _steps(fleet(0, 1), 5, _load(300.0), config)[-1]
     assert decision.memory.shape == ShapeMemory(apart=False)
+
+
+@pytest.mark.parametrize("prefill", [PoolConfig(max=0), POOL])
+def test_a_burst_that_is_over_does_not_hold_decode_workers(prefill):
+    """Its rate is still in the average, and calls for more than the pool may have."""
+    config = replace(CONFIG, prefill=prefill, decode=replace(POOL, max=2))
+    prompts = prefill_load(arriving_tokens_per_second=9000.0, idle_s=61.0)
+    memory = Memory(shape=ShapeMemory(apart=False), started_at=0.0)
+    state = fleet(decode=1, prefill_load=prompts, decode_load=decode_load(1, idle_s=61.0))
+    decision = decide(state, 100.0, config, memory)
+    assert (decision.targets.decode, decision.reasons.decode) == (0, "idle")
 
 
 def test_a_missing_metric_keeps_the_shape():
