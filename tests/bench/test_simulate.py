@@ -18,7 +18,7 @@ from kvrelay_bench.simulate.policies import AlwaysOn, Kvrelay
 from kvrelay_bench.simulate.run import fleet_path, simulate
 from kvrelay_bench.simulate.simulation import Simulation
 from kvrelay_protocol.errors import UsageError
-from kvrelay_router.scaling import Targets
+from kvrelay_router.scaling import Targets, decode_load, prefill_load
 
 RATES = Rates(
     prefill_tokens_per_s=1000, context_doubling_tokens=1e12, step_s=0.01, step_per_stream_s=0.0,
@@ -77,10 +77,12 @@ def test_a_hundred_requests_at_zero_cause_one_start_before_it_is_up():
 
 def test_nobody_loses_a_request_and_the_oracle_is_cheaper_than_anybody():
     fleet = read_fleet(fleet_path("h100-8b-sleep"))
-    runs, plan, _ = simulate(fleet, LOADS["square"](3)[:600])
-    rows = [summarise_run(n, run, fleet.slo, plan.gpu_seconds) for n, run in runs.items()]
+    runs, known, _ = simulate(fleet, LOADS["square"](3)[:600])
+    rows = [summarise_run(n, run, fleet.slo, known.best.gpu_seconds) for n, run in runs.items()]
     assert all(row.lost == 0 for row in rows)
-    assert all(row.regret is not None and row.regret >= 1 for row in rows)
+    # The bound holds up to the width of a bin: one second, three times in these bursts.
+    slack = 3 * known.best.bin_s / known.best.gpu_seconds
+    assert all(row.regret is not None and row.regret >= 1 - slack for row in rows)
 
 
 def test_the_same_seed_gives_the_same_run():
@@ -190,3 +192,79 @@ def test_an_unknown_trace_or_fleet_is_one_clear_line(capsys):
     assert "none of lone, square" in capsys.readouterr().err
     assert main(["simulate", "--trace", "lone", "--fleet", "nowhere"]) == 2
     assert "none of h100-8b" in capsys.readouterr().err
+
+
+def test_sums_kept_up_to_date_are_those_of_every_worker():
+    """At every decision of a run in which workers come, drain and go."""
+    fleet = read_fleet(fleet_path("h100-8b-sleep"), {"rates.blocks": "4000"})
+    compared = 0
+
+    class Watching(Kvrelay):
+        def targets(self, state, now):
+            nonlocal compared
+            pools = simulation._prefill, simulation._decode
+            workers = [w.state() for pool in pools for w in (*pool.ready, *pool.leaving)]
+            prompts, blocks = state.prefill_load, state.decode_load
+            expected = prefill_load(
+                workers, parked_tokens=simulation._line_tokens, idle_s=prompts.idle_s,
+                arriving_tokens_per_second=prompts.arriving_tokens_per_second)  # fmt: skip
+            for speed in ("tokens_per_second", "local_tokens_per_second"):
+                assert getattr(prompts, speed) == pytest.approx(getattr(expected, speed))
+                prompts = replace(prompts, **{speed: getattr(expected, speed)})
+            assert prompts == expected
+            assert blocks == decode_load(
+                workers, parked_blocks=simulation._line_blocks, idle_s=blocks.idle_s
+            )
+            compared += bool(simulation._prefill.leaving or simulation._decode.leaving)
+            return super().targets(state, now)
+
+    simulation = Simulation(fleet, Watching(fleet.scaler()))
+    simulation.run(LOADS["swap"](1)[:1500] + _at(400.0, 900.0))
+    assert compared > 3
+
+
+def test_a_fleet_that_rests_decides_as_one_that_never_does():
+    """Minutes of nothing between bursts, with a minimum of one worker each."""
+
+    class Restless(Kvrelay):
+        resting = False
+
+    floor = replace(POOL, min=1, initial=1)
+    fleet = replace(FLEET, prefill=floor, decode=floor)
+    plans = [
+        replace(plan, number=n, arrival_s=900.5 * (n // 40) + 0.7 * (n % 40))
+        for n, plan in enumerate(_at(*[0.0] * 160))
+    ]
+    config = fleet.scaler()
+    policies = Kvrelay(config), Restless(config)
+    runs = [Simulation(fleet, policy).run(plans) for policy in policies]
+    decisions = [sum(policy.reasons.values()) for policy in policies]
+    assert decisions[0] < decisions[1] / 2
+    assert [r.done_at for r in runs[0].requests] == [r.done_at for r in runs[1].requests]
+    assert runs[0].decode.timeline == runs[1].decode.timeline
+    assert runs[0].decode.starts + runs[0].prefill.starts > 0
+
+
+def test_values_of_the_fleet_file_can_be_swept(tmp_path, capsys):
+    out = tmp_path / "sweep.json"
+    code = main(["simulate", "--trace", "square", "--limit", "200", "--skip", "50", "--out", str(out),
+                 "--set", "slo.ttft_s=10,30", "--set", "prefill.min=0"])  # fmt: skip
+    assert code == 0
+    assert "slo.ttft_s" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["settings"] for row in rows] == [
+        {"slo.ttft_s": "10", "prefill.min": "0"}, {"slo.ttft_s": "30", "prefill.min": "0"}
+    ]  # fmt: skip
+    assert all(row["requests"] == 200 for row in rows)
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--set", "slo.speed=1"], "slo.speed is unknown"),
+    (["--set", "slo=1"], "slo. must be a mapping"),
+    (["--set", "decode.max=-1"], "decode.max is -1"),
+    (["--skip", "99999999"], "leaves no request"),
+    (["--set", "slo.ttft_s=1,2", "--plot", "x.png"], "--plot draws all policies on one fleet"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_one_clear_line(capsys, flags, says):
+    assert main(["simulate", "--trace", "lone", *flags]) == 2
+    assert says in capsys.readouterr().err

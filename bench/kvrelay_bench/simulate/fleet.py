@@ -137,8 +137,12 @@ class Fleet:
         )
 
 
-def read_fleet(path: Path) -> Fleet:
+def read_fleet(path: Path, changes: Mapping[str, str] | None = None) -> Fleet:
     """A fleet file in YAML.
+
+    Args:
+        path: of the file.
+        changes: dotted keys of the file and what they are instead, as YAML.
 
     Raises:
         UsageError: it can't be read, or a key of it is missing, unknown or out of range.
@@ -147,6 +151,8 @@ def read_fleet(path: Path) -> Fleet:
 
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key, value in (changes or {}).items():
+            _change(document, key, yaml.safe_load(value))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--fleet {path} can't be read: {error}") from None
     except yaml.YAMLError as error:
@@ -158,6 +164,15 @@ def read_fleet(path: Path) -> Fleet:
     except ValueError as error:
         raise UsageError(f"--fleet {path}: {error}") from None
     return fleet
+
+
+def _change(document: Any, key: str, value: Any) -> None:
+    """Put a value under a dotted key; `_build` says later what is wrong with either."""
+    *folders, last = key.split(".")
+    for folder in folders:
+        document = document.setdefault(folder, {}) if isinstance(document, dict) else None
+    if isinstance(document, dict):
+        document[last] = value
 
 
 def _build(cls: type[_T], value: Any, where: str) -> _T:

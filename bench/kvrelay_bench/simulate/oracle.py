@@ -12,8 +12,9 @@ the same streams in time, up to the width of a bin, because everything else is i
 - starts take their nominal time, stopping is instantaneous, nothing has to drain;
 - the fleet's minima do not bind it: it may go to zero at any time.
 
-It may also merge both pools into one for the whole trace where that is cheaper, since decode workers can
-compute prompts; decoding is then taken to be undisturbed by them.
+There are two such plans, of one pool and of two, each for the whole trace; the cheaper one is the oracle.
+Decode workers can compute prompts; in one pool decoding is taken to be undisturbed by them. What is
+cheapest with two pools is reported as well: it is what a fleet that must keep them apart compares with.
 
 When streams run is taken from the run and not rearranged, which is the one thing a cleverer plan could
 gain by; in a load of hours with a handful of requests a bin is longer than what they take, and the
@@ -55,9 +56,7 @@ class Plan:
     gpu_seconds: float
     """Starts included."""
     aggregated: bool
-    """One pool was cheaper; it is under `decode`."""
-    two_pools_gpu_seconds: float
-    """Of the cheapest plan with two pools, whichever was chosen."""
+    """One pool, which is under `decode`."""
 
     def gpu_seconds_from(self, begin: float, fleet: Fleet) -> float:
         """What the plan takes from that moment on, starts included."""
@@ -81,6 +80,22 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Clairvoyant:
+    """The cheapest plan of either shape."""
+
+    together: Plan
+    apart: Plan | None
+    """None: the fleet has no prefill pool."""
+
+    @property
+    def best(self) -> Plan:
+        """The oracle."""
+        if self.apart is None or self.together.gpu_seconds < self.apart.gpu_seconds:
+            return self.together
+        return self.apart
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What one pool must do, per bin."""
 
@@ -90,8 +105,8 @@ class Work:
     """Replicas that must be there whatever the work."""
 
 
-def clairvoyant(fleet: Fleet, requests: Sequence[Request], ended_at: float) -> Plan:
-    """The cheapest plan for requests that have been through a run.
+def clairvoyant(fleet: Fleet, requests: Sequence[Request], ended_at: float) -> Clairvoyant:
+    """The cheapest plans for requests that have been through a run.
 
     Args:
         fleet: rates, limits and what starts take.
@@ -102,26 +117,18 @@ def clairvoyant(fleet: Fleet, requests: Sequence[Request], ended_at: float) -> P
     bins = math.ceil(ended_at / bin_s) + 1
     prompts = _binned(bins, bin_s, ((r.plan.arrival_s, r.computed_s) for r in requests))
     streams = _streams(fleet.rates, fleet.slo, requests, bins, bin_s)
-    nothing = [0] * bins
-    limit = fleet.slo.ttft_s
-    pools = fleet.prefill, fleet.decode
-    prefill, prefill_s = cheapest(
-        Work(prompts, nothing), bin_s, limit, pools[0].start_s, pools[0].initial
-    )
-    decode, decode_s = cheapest(
-        Work([0.0] * bins, streams), bin_s, limit, pools[1].start_s, pools[1].initial
-    )
+    limit, pools = fleet.slo.ttft_s, (fleet.prefill, fleet.decode)
     steps = _binned(bins, bin_s, _step_work(fleet.rates, requests))
-    both = [a + b for a, b in zip(prompts, steps, strict=True)]
-    merged, merged_s = cheapest(
-        Work(both, streams), bin_s, limit, pools[1].start_s, pools[1].initial
-    )
-    apart_s = prefill_s + decode_s
-    if merged_s < apart_s or fleet.prefill.max == 0:
-        replicas = [Targets(0, n) for n in merged]
-        return Plan(bin_s, replicas, merged_s, aggregated=True, two_pools_gpu_seconds=apart_s)
+    both = Work([a + b for a, b in zip(prompts, steps, strict=True)], streams)
+    merged, merged_s = cheapest(both, bin_s, limit, pools[1].start_s, pools[1].initial)
+    together = Plan(bin_s, [Targets(0, n) for n in merged], merged_s, aggregated=True)
+    if fleet.prefill.max == 0:
+        return Clairvoyant(together, None)
+    alone, unhurried = Work(prompts, [0] * bins), Work([0.0] * bins, streams)
+    prefill, prefill_s = cheapest(alone, bin_s, limit, pools[0].start_s, pools[0].initial)
+    decode, decode_s = cheapest(unhurried, bin_s, limit, pools[1].start_s, pools[1].initial)
     replicas = [Targets(p, d) for p, d in zip(prefill, decode, strict=True)]
-    return Plan(bin_s, replicas, apart_s, aggregated=False, two_pools_gpu_seconds=apart_s)
+    return Clairvoyant(together, Plan(bin_s, replicas, prefill_s + decode_s, aggregated=False))
 
 
 def cheapest(

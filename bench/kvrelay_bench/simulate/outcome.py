@@ -29,6 +29,8 @@ class Outcome:
     decode_gpu_hours: float
     regret: float | None
     """GPU-hours over the oracle's."""
+    regret_two_pools: float | None
+    """The same over the cheapest plan that keeps both pools apart; None without a prefill pool."""
     cold_starts: int
     """Replicas started, or woken, after the beginning."""
     met_cold_start: int
@@ -39,7 +41,13 @@ class Outcome:
 
 
 def summarise_run(
-    policy: str, run: Run, slo: Slo, oracle_gpu_s: float | None, *, warmup_s: float = 0.0
+    policy: str,
+    run: Run,
+    slo: Slo,
+    oracle_gpu_s: float,
+    two_pools_gpu_s: float | None = None,
+    *,
+    warmup_s: float = 0.0,
 ) -> Outcome:
     """Reduce a run to its row: what arrived and was paid after the warm-up; starts and losses of all."""
     counted = [request for request in run.requests if request.plan.arrival_s >= warmup_s]
@@ -64,6 +72,7 @@ def summarise_run(
         prefill_gpu_hours=run.prefill.gpu_seconds_from(warmup_s) / 3600,
         decode_gpu_hours=run.decode.gpu_seconds_from(warmup_s) / 3600,
         regret=paid / oracle_gpu_s if oracle_gpu_s else None,
+        regret_two_pools=paid / two_pools_gpu_s if two_pools_gpu_s else None,
         cold_starts=run.prefill.starts + run.decode.starts,
         met_cold_start=sum(r.parked for r in counted),
         flaps=run.prefill.flaps + run.decode.flaps,

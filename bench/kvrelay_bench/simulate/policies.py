@@ -14,8 +14,17 @@ class Kvrelay:
 
     config: ScalerConfig
     memory: Memory = field(default_factory=Memory)
+    every_s: float | None = None
     reasons: dict[str, int] = field(default_factory=dict)
     """Decisions by pool and reason."""
+
+    @property
+    def resting(self) -> bool:
+        memory, config = self.memory, self.config
+        return (memory.prefill.target, memory.decode.target) == (
+            config.prefill.min,
+            config.decode.min,
+        )
 
     def targets(self, state: FleetState, now: float) -> Targets:
         decision = decide(state, now, self.config, self.memory)
@@ -30,6 +39,8 @@ class AlwaysOn:
     """As many as the oracle ever needs, all the time."""
 
     replicas: Targets
+    every_s: float | None = math.inf
+    resting: bool = False
 
     def targets(self, state: FleetState, now: float) -> Targets:  # noqa: ARG002 - it looks at nothing
         return self.replicas
@@ -66,21 +77,17 @@ class QueueHpa:
 
     config: ScalerConfig
     backlog_s: float = 5.0
-    _synced_at: float = -math.inf
-    _held: Targets = field(default_factory=lambda: Targets(1, 1))
+    every_s: float | None = 15.0
+    resting: bool = False
     _recent: tuple[_Recent, _Recent] = field(default_factory=lambda: (deque(), deque()))
 
     def targets(self, state: FleetState, now: float) -> Targets:
-        if now - self._synced_at < 15:
-            return self._held
-        self._synced_at = now
         prompts, blocks = _wants(state, self.config, self.backlog_s)
-        self._held = _bounded(
+        return _bounded(
             self._desired(prompts, state.prefill.ready, self._recent[0], now),
             self._desired(blocks, state.decode.ready, self._recent[1], now),
             self.config,
         )
-        return self._held
 
     def _desired(self, worth: float, ready: int, recent: _Recent, now: float) -> int:
         wanted = ready if abs(worth / max(1, ready) - 1) <= 0.1 else math.ceil(worth)
@@ -100,6 +107,8 @@ class KeepAlive:
     config: ScalerConfig
     backlog_s: float = 5.0
     keep_s: float = 600.0
+    every_s: float | None = None
+    resting: bool = False
     _needed: tuple[_Recent, _Recent] = field(default_factory=lambda: (deque(), deque()))
 
     def targets(self, state: FleetState, now: float) -> Targets:
@@ -135,6 +144,8 @@ class Planned:
     bin_s: float
     lead_s: tuple[float, float]
     """How long a start of each pool takes."""
+    every_s: float | None = None
+    resting: bool = False
 
     def targets(self, state: FleetState, now: float) -> Targets:
         first = int(now / self.bin_s)

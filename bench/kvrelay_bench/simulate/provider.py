@@ -13,7 +13,8 @@ FLAP_S = 300.0
 
 class _Worker(Protocol):
     name: str
-    draining: bool
+
+    def drain(self) -> None: ...
 
     @property
     def load(self) -> int: ...
@@ -42,9 +43,11 @@ class Pool(Generic[_W]):
     fleet: PoolFleet
     make: Callable[[int, float], _W]
     """From the worker's number and the time."""
+    gone: Callable[[_W], None] = lambda _worker: None
+    """Told of each that has drained."""
     desired: int = 0
     ready: list[_W] = field(default_factory=list)
-    leaving: list[_W] = field(default_factory=list)
+    leaving: dict[_W, None] = field(default_factory=dict)
     pending: list[Replica] = field(default_factory=list)
     starts: int = 0
     flaps: int = 0
@@ -55,6 +58,7 @@ class Pool(Generic[_W]):
     _asleep: int = 0
     _shrunk_at: float | None = None
     _start_s: float | None = None
+    _state: PoolState | None = None
 
     def begin(self, replicas: int) -> None:
         """Ready when the trace begins; the other processes that may sleep do."""
@@ -69,13 +73,15 @@ class Pool(Generic[_W]):
         return len(self.ready) + len(self.leaving) + len(self.pending)
 
     def state(self) -> PoolState:
-        return PoolState(
-            ready=len(self.ready),
-            pending=tuple(start.asked_at for start in self.pending),
-            draining=len(self.leaving),
-            desired=self.desired,
-            start_s=self._start_s,
-        )
+        if self._state is None:
+            self._state = PoolState(
+                ready=len(self.ready),
+                pending=tuple(start.asked_at for start in self.pending),
+                draining=len(self.leaving),
+                desired=self.desired,
+                start_s=self._start_s,
+            )
+        return self._state
 
     def scale(self, target: int, now: float) -> list[Replica]:
         """Returns the starts that the caller has to time."""
@@ -89,9 +95,8 @@ class Pool(Generic[_W]):
             self._shrunk_at = now
         self.desired = target
         started = [self._start(now) for _ in range(target - len(self.ready) - len(self.pending))]
-        for _ in range(len(self.ready) + len(self.pending) - target):
-            self._stop_one()
-        self.sweep(now)
+        for worker in self._stop(len(self.ready) + len(self.pending) - target):
+            self.sweep(worker, now)
         self._changed(now)
         return started
 
@@ -106,13 +111,13 @@ class Pool(Generic[_W]):
         self._changed(now)
         return worker
 
-    def sweep(self, now: float) -> None:
-        """Let go of what has drained."""
-        if not any(worker.empty for worker in self.leaving):
+    def sweep(self, worker: _W, now: float) -> None:
+        """Let go of it where it has drained."""
+        if worker not in self.leaving or not worker.empty:
             return
-        staying = [worker for worker in self.leaving if not worker.empty]
-        self._asleep = min(self.fleet.sleepers, self._asleep + len(self.leaving) - len(staying))
-        self.leaving = staying
+        del self.leaving[worker]
+        self._asleep = min(self.fleet.sleepers, self._asleep + 1)
+        self.gone(worker)
         self._changed(now)
 
     def close(self, now: float) -> None:
@@ -136,21 +141,27 @@ class Pool(Generic[_W]):
         self.starts += 1
         return start
 
-    def _stop_one(self) -> None:
-        if self.pending:
+    def _stop(self, count: int) -> list[_W]:
+        """Cancel starts, the last first, then have the least loaded workers drain; returns these."""
+        if count <= 0:
+            return []
+        for _ in range(min(count, len(self.pending))):
             start = self.pending.pop()
             start.cancelled = True
             self._asleep += start.asleep
-            return
-        worker = min(self.ready, key=lambda w: (w.load, w.name))
-        self.ready.remove(worker)
-        worker.draining = True
-        self.leaving.append(worker)
+            count -= 1
+        stopped = sorted(self.ready, key=lambda w: (w.load, w.name))[:count]
+        for worker in stopped:
+            worker.drain()
+            self.leaving[worker] = None
+        self.ready = [worker for worker in self.ready if worker not in self.leaving]
+        return stopped
 
     def _new(self, now: float) -> _W:
         self._made += 1
         return self.make(self._made - 1, now)
 
     def _changed(self, now: float) -> None:
+        self._state = None
         self.peak = max(self.peak, self.paid)
         self.timeline.append((now, self.paid))

@@ -13,15 +13,18 @@ from typing import Protocol, TypeVar
 from kvrelay_bench.serve.workload import PlannedRequest
 from kvrelay_bench.simulate.fleet import Fleet
 from kvrelay_bench.simulate.provider import Pool, Replica
+from kvrelay_bench.simulate.totals import FleetTotals
 from kvrelay_bench.simulate.workers import DecodeWorker, PrefillWorker, Request, make_request
 from kvrelay_protocol.errors import UsageError
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.requests.placement import Demand, WorkerState, place
-from kvrelay_router.scaling import DemandMeter, FleetState, Targets, decode_load, prefill_load
+from kvrelay_router.scaling import DemandMeter, FleetState, Targets
 
-_CANDIDATES = 24
-"""Workers of each pool that one placement compares. A larger fleet draws as many by lot, which spreads
-load nearly as well (the power of d choices, Mitzenmacher 2001) and never in the policy's favour.
+_COMPARED = 24
+"""Up to so many workers of a pool are compared for each placement."""
+_DRAWN = 8
+"""Of a larger pool so many are drawn by lot, which spreads load nearly as well (the power of d choices,
+Mitzenmacher 2001) and never in the policy's favour.
 """
 
 
@@ -29,9 +32,19 @@ _W = TypeVar("_W")
 
 
 class Policy(Protocol):
-    """Decides on replicas, called every `Fleet.decide_every_s` and when a request is parked."""
+    """Decides on replicas, called every so often and when a request is parked."""
 
     def targets(self, state: FleetState, now: float) -> Targets: ...
+
+    @property
+    def every_s(self) -> float | None:
+        """How often it looks; None: every `Fleet.decide_every_s`."""
+        ...
+
+    @property
+    def resting(self) -> bool:
+        """Whether it will say the same until a request comes, if there is none and it was obeyed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +67,20 @@ class Simulation:
     def __init__(self, fleet: Fleet, policy: Policy, *, seed: int = 0) -> None:
         self._fleet = fleet
         self._policy = policy
+        self._every_s = fleet.decide_every_s if policy.every_s is None else policy.every_s
         self._random = random.Random(seed)
         self._router = RouterConfig(model_dir=FilePath(), model_name="simulated")
         rates = fleet.rates
+        self._totals = totals = FleetTotals()
         self._prefill: Pool[PrefillWorker] = Pool(
-            fleet.prefill, lambda number, _now: PrefillWorker(f"prefill-{number}", rates)
+            fleet.prefill,
+            lambda number, _now: PrefillWorker(f"prefill-{number}", rates, totals.changed),
+            totals.forget,
         )
         self._decode: Pool[DecodeWorker] = Pool(
-            fleet.decode, lambda number, now: DecodeWorker(f"decode-{number}", rates, now)
+            fleet.decode,
+            lambda number, now: DecodeWorker(f"decode-{number}", rates, totals.changed, now),
+            totals.forget,
         )
         self._by_name: dict[str, PrefillWorker | DecodeWorker] = {}
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -77,7 +96,9 @@ class Simulation:
         self._transferring = 0
         self._idle_since = 0.0
         self._prompts_idle_since = 0.0
+        self._next_tick = 0.0
         self._ticking = False
+        """It does not while there is nothing to decide on."""
 
     def run(self, plans: Sequence[PlannedRequest]) -> Run:
         """Serve all of it.
@@ -120,11 +141,35 @@ class Simulation:
     def _tick(self, now: float) -> None:
         self._decide(now)
         busy = self._live or self._prefill.paid or self._decode.paid
-        self._ticking = bool(busy)
-        if busy:
-            self._at(now + self._fleet.decide_every_s, self._tick)
+        self._ticking = bool(busy) and not self._rests(now)
+        self._next_tick = now + self._every_s
+        if self._ticking:
+            self._at(self._next_tick, self._tick)
+
+    def _rests(self, now: float) -> bool:
+        pools = self._prefill, self._decode
+        return (
+            self._policy.resting
+            and not self._live
+            and not any(pool.pending or pool.leaving for pool in pools)
+            and not self._meter.tokens_per_second(now)
+        )
+
+    def _wake(self, now: float) -> None:
+        """Decide when it would have been decided last, had nobody rested; then every so often again."""
+        every = self._every_s
+        if self._prefill.paid or self._decode.paid:
+            missed = math.floor((now - self._next_tick) / every)
+            if missed >= 0:
+                self._decide(self._next_tick + missed * every)
+            self._at(self._next_tick + (missed + 1) * every, self._tick)
+        else:
+            self._at(now + every, self._tick)
+        self._ticking = True
 
     def _arrive(self, request: Request, now: float) -> None:
+        if not self._ticking:
+            self._wake(now)
         self._live += 1
         self._arrived += 1
         self._uncomputed += 1
@@ -136,9 +181,6 @@ class Simulation:
             self._line_blocks += request.prompt_blocks
         if not self._decode.desired:
             self._decide(now)  # as the router does: nobody waits for the clock to be woken
-        if not self._ticking:
-            self._ticking = True
-            self._at(now + self._fleet.decide_every_s, self._tick)
 
     def _joined_prefill(self, start: Replica, now: float) -> None:
         worker = self._prefill.joined(start, now)
@@ -160,7 +202,7 @@ class Simulation:
         self._transferring += 1
         if request.granted:
             self._transfer(request, now)
-        self._prefill.sweep(now)
+        self._prefill.sweep(worker, now)
 
     def _transfer(self, request: Request, now: float) -> None:
         seconds = self._fleet.rates.transfer_s(request.plan.input_tokens)
@@ -187,7 +229,7 @@ class Simulation:
         self._time(worker)
         if ended:
             self._pump(now)
-            self._decode.sweep(now)
+            self._decode.sweep(worker, now)
 
     def _first_token(self, request: Request, now: float) -> None:
         request.first_at = now
@@ -247,9 +289,9 @@ class Simulation:
         ]
 
     def _some(self, workers: list[_W]) -> list[_W]:
-        if len(workers) <= _CANDIDATES:
+        if len(workers) <= _COMPARED:
             return workers
-        return self._random.sample(workers, _CANDIDATES)
+        return self._random.sample(workers, _DRAWN)
 
     # ---- deciding
 
@@ -262,20 +304,15 @@ class Simulation:
             self._at(start.ready_at, lambda at, s=start: self._joined_decode(s, at))  # type: ignore[misc]
 
     def _observe(self, now: float) -> FleetState:
-        pools = (self._prefill.ready, self._prefill.leaving, self._decode.ready,
-                 self._decode.leaving)  # fmt: skip
-        states = [worker.state() for pool in pools for worker in pool]
         return FleetState(
             prefill=self._prefill.state(),
             decode=self._decode.state(),
-            prefill_load=prefill_load(
-                states,
+            prefill_load=self._totals.prefill_load(
                 parked_tokens=self._line_tokens,
                 arriving_tokens_per_second=self._meter.tokens_per_second(now),
                 idle_s=0.0 if self._uncomputed else now - self._prompts_idle_since,
             ),
-            decode_load=decode_load(
-                states,
+            decode_load=self._totals.decode_load(
                 parked_blocks=self._line_blocks,
                 idle_s=0.0 if self._live else now - self._idle_since,
             ),

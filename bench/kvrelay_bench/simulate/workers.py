@@ -12,8 +12,12 @@ from dataclasses import dataclass
 
 from kvrelay_bench.serve.workload import PlannedRequest
 from kvrelay_bench.simulate.fleet import Rates
+from kvrelay_bench.simulate.totals import Worker
 from kvrelay_router.requests.placement import Role, WorkerState, blocks_needed
 from kvrelay_router.requests.types import Path
+
+Changed = dict[Worker, None]
+"""Where workers put themselves when their state is another one; in order, so that runs repeat."""
 
 _MEASURED = 32
 """Prompts that a worker's measured speed is taken from."""
@@ -81,12 +85,20 @@ class Speed:
     """Prompt tokens per second of computation, over the last prompts."""
 
     def __init__(self) -> None:
-        self._last: deque[tuple[int, float]] = deque(maxlen=_MEASURED)
+        self._last: deque[tuple[int, float]] = deque()
+        self._tokens = 0
+        self._seconds = 0.0
         self.tokens_per_s = 0.0
 
     def measured(self, tokens: int, seconds: float) -> None:
         self._last.append((tokens, seconds))
-        self.tokens_per_s = sum(t for t, _ in self._last) / sum(s for _, s in self._last)
+        self._tokens += tokens
+        self._seconds += seconds
+        if len(self._last) > _MEASURED:
+            tokens, seconds = self._last.popleft()
+            self._tokens -= tokens
+            self._seconds -= seconds
+        self.tokens_per_s = self._tokens / self._seconds
 
 
 class PrefillWorker:
@@ -94,14 +106,17 @@ class PrefillWorker:
 
     role = Role.PREFILL
 
-    def __init__(self, name: str, rates: Rates) -> None:
+    def __init__(self, name: str, rates: Rates, changed: Changed) -> None:
         self.name = name
         self.draining = False
+        self._changed = changed
+        self._state: WorkerState | None = None
         self._rates = rates
         self._cache = PrefixCache(rates.blocks * rates.block_size)
         self._speed = Speed()
         self._queue: deque[Request] = deque()
         self._backlog = 0
+        self._touch()
 
     @property
     def load(self) -> int:
@@ -111,6 +126,11 @@ class PrefillWorker:
     def empty(self) -> bool:
         return not self._queue
 
+    def drain(self) -> None:
+        """Take nothing new."""
+        self.draining = True
+        self._touch()
+
     def submit(self, request: Request) -> bool:
         """Returns whether it is computed at once, and the caller has to time it."""
         cached = self._cache.take(request.plan)
@@ -118,6 +138,7 @@ class PrefillWorker:
         request.computed_s = self._rates.prefill_s(request.plan.input_tokens, cached)
         self._queue.append(request)
         self._backlog += request.computed_tokens
+        self._touch()
         return len(self._queue) == 1
 
     def finish(self) -> tuple[Request, Request | None]:
@@ -125,9 +146,19 @@ class PrefillWorker:
         done = self._queue.popleft()
         self._backlog -= done.computed_tokens
         self._speed.measured(done.computed_tokens, done.computed_s)
+        self._touch()
         return done, self._queue[0] if self._queue else None
 
     def state(self) -> WorkerState:
+        if self._state is None:
+            self._state = self._report()
+        return self._state
+
+    def _touch(self) -> None:
+        self._state = None
+        self._changed[self] = None
+
+    def _report(self) -> WorkerState:
         blocks = self._rates.blocks
         return WorkerState(
             name=self.name,
@@ -147,9 +178,11 @@ class DecodeWorker:
 
     role = Role.DECODE
 
-    def __init__(self, name: str, rates: Rates, now: float) -> None:
+    def __init__(self, name: str, rates: Rates, changed: Changed, now: float) -> None:
         self.name = name
         self.draining = False
+        self._changed = changed
+        self._state: WorkerState | None = None
         self.version = 0
         """Counts changes: a timer of an older version has been overtaken."""
         self._rates = rates
@@ -168,6 +201,10 @@ class DecodeWorker:
         self._left_s = 0.0
         """Of the prompt in front of `_local`, in seconds of computation."""
         self._local_tokens = 0
+        self._chunk_s = rates.chunk_tokens / rates.prefill_tokens_per_s
+        self._period_s = rates.decode_step_s(0, 0.0)
+        """Of one step, with a chunk of a prompt in it where there is one."""
+        self._touch()
 
     @property
     def load(self) -> int:
@@ -177,10 +214,16 @@ class DecodeWorker:
     def empty(self) -> bool:
         return not (self._streams or self._coming or self._ungranted or self._local)
 
+    def drain(self) -> None:
+        """Take nothing new."""
+        self.draining = True
+        self._touch()
+
     def submit(self, request: Request) -> list[Request]:
         """Returns those that have got their blocks."""
         self._ungranted[request] = None
         self._pending_blocks += request.prompt_blocks
+        self._touch()
         return self._grant()
 
     def compute(self, request: Request, now: float) -> None:
@@ -193,28 +236,28 @@ class DecodeWorker:
             self._left_s = request.computed_s
         self._local.append(request)
         self._local_tokens += request.computed_tokens
-        self.version += 1
+        self._repace()
 
     def join(self, request: Request, now: float) -> None:
         """The KV of a granted request is here."""
         self._advance(now)
         self._enter(request)
-        self.version += 1
+        self._repace()
 
     def next_at(self) -> float | None:
         """When a stream or a prompt will have ended, if nothing changes before."""
         ends = []
         if self._streams:
-            ends.append((self._streams[0][0] - self._progress) * self._period())
+            ends.append((self._streams[0][0] - self._progress) * self._period_s)
         if self._local:
-            ends.append(self._left_s * self._period() / self._chunk_s())
+            ends.append(self._left_s * self._period_s / self._chunk_s)
         return self._updated + max(0.0, min(ends)) if ends else None
 
     def step(self, now: float) -> tuple[list[Request], list[Request], list[Request]]:
         """Prompts computed, streams ended, and requests that got their blocks for it."""
         self._advance(now)
         prompts, ended = [], []
-        stretch = self._period() / self._chunk_s() if self._local else 1.0
+        stretch = self._period_s / self._chunk_s
         while self._local and self._left_s <= _EPSILON:
             request = self._local.popleft()
             self._local_tokens -= request.computed_tokens
@@ -227,10 +270,15 @@ class DecodeWorker:
             self._context -= _mean_context(request)
             self._free += request.blocks
             ended.append(request)
-        self.version += 1
+        self._repace()
         return prompts, ended, self._grant() if ended else []
 
     def state(self) -> WorkerState:
+        if self._state is None:
+            self._state = self._report()
+        return self._state
+
+    def _report(self) -> WorkerState:
         return WorkerState(
             name=self.name,
             role=self.role,
@@ -271,18 +319,21 @@ class DecodeWorker:
         passed, self._updated = now - self._updated, now
         if passed <= 0:
             return
-        steps = passed / self._period()
+        steps = passed / self._period_s
         self._progress += steps
         if self._local:
-            self._left_s -= steps * self._chunk_s()
+            self._left_s -= steps * self._chunk_s
 
-    def _period(self) -> float:
-        """Seconds of one step, with a chunk of a prompt in it where there is one."""
+    def _repace(self) -> None:
+        """Streams or prompts have come or gone: steps take another time, and timers are overtaken."""
+        self.version += 1
         step = self._rates.decode_step_s(len(self._streams), self._context)
-        return step + self._chunk_s() if self._local else step
+        self._period_s = step + self._chunk_s if self._local else step
+        self._touch()
 
-    def _chunk_s(self) -> float:
-        return self._rates.chunk_tokens / self._rates.prefill_tokens_per_s
+    def _touch(self) -> None:
+        self._state = None
+        self._changed[self] = None
 
 
 def make_request(plan: PlannedRequest, rates: Rates) -> Request:

@@ -26,6 +26,7 @@ def prefill_load(
     return PrefillLoad(
         uncached_tokens=backlog + local + parked_tokens,
         tokens_per_second=prefill_speed(workers),
+        local_tokens_per_second=_mean_speed(workers, Role.DECODE),
         arriving_tokens_per_second=arriving_tokens_per_second,
         idle_s=idle_s,
     )
@@ -33,11 +34,12 @@ def prefill_load(
 
 def prefill_speed(workers: Sequence[WorkerState]) -> float | None:
     """Mean tokens per second of the prefill workers measured, else of the decode workers."""
-    for role in (Role.PREFILL, Role.DECODE):
-        speeds = [w.tokens_per_second for w in workers if w.role is role and w.tokens_per_second]
-        if speeds:
-            return sum(speeds) / len(speeds)
-    return None
+    return _mean_speed(workers, Role.PREFILL) or _mean_speed(workers, Role.DECODE)
+
+
+def _mean_speed(workers: Sequence[WorkerState], role: Role) -> float | None:
+    speeds = [w.tokens_per_second for w in workers if w.role is role and w.tokens_per_second]
+    return sum(speeds) / len(speeds) if speeds else None
 
 
 def decode_load(workers: Sequence[WorkerState], *, parked_blocks: int, idle_s: float) -> DecodeLoad:

@@ -5,11 +5,13 @@ request is parked. The formulae are in docs/scaling.md, their reasons in ADR 18.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from kvrelay_router.requests.placement import Role
 from kvrelay_router.scaling.config import PoolConfig, ScalerConfig
+from kvrelay_router.scaling.shape import Sizes, reshape
 from kvrelay_router.scaling.sleep import kept_asleep
 from kvrelay_router.scaling.state import (
     Decision,
@@ -18,6 +20,7 @@ from kvrelay_router.scaling.state import (
     PoolMemory,
     PoolState,
     Reasons,
+    ShapeMemory,
     Targets,
 )
 
@@ -50,6 +53,8 @@ class Reason(StrEnum):
     IDLE = "idle"
     SURPLUS = "surplus"
     """Fewer have sufficed for the stabilisation time."""
+    MERGED = "merged"
+    """Decode workers do the pool's work as well, with fewer replicas in all."""
     MISSING = "missing_metric"
     BLOCKED = "start_timeout"
     """Replicas asked for never came: no more for now."""
@@ -60,8 +65,7 @@ class Reason(StrEnum):
     BUDGET = "budget"
 
 
-@dataclass(frozen=True, slots=True)
-class _Need:
+class _Need(NamedTuple):
     """Replicas that the load calls for; None where a metric is missing."""
 
     replicas: int | None
@@ -73,8 +77,7 @@ class _Need:
     idle_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Moment:
+class _Moment(NamedTuple):
     """When one pool is decided on, and by what settings."""
 
     now: float
@@ -97,16 +100,20 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
         memory for the next call. The same arguments give the same decision.
     """
     memory = _remember(memory, state, now, config)
+    shape = _shape(state, now, config, memory)
+    if shape != memory.shape:
+        memory = replace(memory, shape=shape)
     watched_s = now - (now if memory.started_at is None else memory.started_at)
+    decode_need = _decode_need(state, config, memory)
     decode, decode_why, decode_memory = _pool(
         state.decode,
-        _decode_need(state, config, memory),
+        decode_need,
         _Moment(now, config.decode, watched_s),
         memory.decode,
     )
     prefill, prefill_why, prefill_memory = _pool(
         state.prefill,
-        _prefill_need(state, config, memory),
+        _prefill_need(state, config, memory, decode_need),
         _Moment(now, config.prefill, watched_s),
         memory.prefill,
     )
@@ -121,15 +128,27 @@ def decide(state: FleetState, now: float, config: ScalerConfig, memory: Memory) 
     decode_asleep, decode_memory = kept_asleep(
         state.decode, afforded.decode, now, config.decode, decode_memory
     )
+    if memory.shape.apart and not afforded.prefill:
+        memory = replace(memory, shape=replace(memory.shape, apart=False))
     return Decision(
         Targets(afforded.prefill, afforded.decode, prefill_asleep, decode_asleep),
-        replace(
+        _recall(
             memory,
-            prefill=replace(prefill_memory, target=afforded.prefill),
-            decode=replace(decode_memory, target=afforded.decode),
+            _aim(prefill_memory, afforded.prefill),
+            _aim(decode_memory, afforded.decode),
         ),
         Reasons(str(prefill_why), str(decode_why)),
     )
+
+
+def _recall(memory: Memory, prefill: PoolMemory, decode: PoolMemory) -> Memory:
+    if memory.prefill is prefill and memory.decode is decode:
+        return memory
+    return replace(memory, prefill=prefill, decode=decode)
+
+
+def _aim(mine: PoolMemory, target: int) -> PoolMemory:
+    return mine if mine.target == target else replace(mine, target=target)
 
 
 # ---- what the load calls for
@@ -168,11 +187,14 @@ def _decode_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Ne
     if state.decode.ready:  # before that, one serves whoever is parked and shows what it can do
         if demanded and memory.decode_wanted is not None:
             wants.append((math.ceil(memory.decode_wanted), Reason(memory.decode_why)))
-        if config.prefill.max == 0:
+        if not memory.shape.apart:
             prompts = _prompt_workers(state, Role.DECODE, config, memory)
-            if prompts is None:
+            if prompts is not None:
+                # The average outlasts the last request: with nobody there it is no reason to grow.
+                wanted = prompts[0] if demanded else min(prompts[0], state.decode.desired)
+                wants.append((wanted, prompts[1]))
+            elif config.prefill.max == 0 or _speed(memory, Role.DECODE):
                 return unknown
-            wants.append(prompts)
     replicas, why = max(wants, key=lambda want: want[0])
     return _Need(replicas, why, demanded, dispensable=not demanded, idle_s=load.idle_s)
 
@@ -196,31 +218,53 @@ def _decode_wanted(state: FleetState, config: ScalerConfig) -> tuple[float, Reas
     return (blocks, Reason.OCCUPANCY) if blocks >= streams else (streams, Reason.STREAMS)
 
 
-def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory) -> _Need:
-    load, speed = state.prefill_load, _speed(memory)
+def _prefill_need(state: FleetState, config: ScalerConfig, memory: Memory, decode: _Need) -> _Need:
+    load = state.prefill_load
     present = state.prefill.desired > 0
     demanded = present and bool(load.uncached_tokens)
     prompts = _prompt_workers(state, Role.PREFILL, config, memory)
-    if (
-        prompts is None
-        or speed is None
-        or load.uncached_tokens is None
-        or load.arriving_tokens_per_second is None
-    ):
+    if prompts is None:
         return _Need(None, Reason.MISSING, demanded, dispensable=False, idle_s=None)
     replicas, why = prompts
-    # Decode workers compute prompts themselves where nobody else does; a few they may keep.
+    if memory.shape.apart:
+        dispensable = not demanded and _kept(state, config, memory)
+        replicas = replicas if present else max(1, replicas)
+        return _Need(replicas, why, demanded, dispensable=dispensable, idle_s=load.idle_s)
+    if present and (decode.replicas is None or state.decode.ready < decode.replicas):
+        # It stays until the decode workers are there that are to do its work.
+        return _Need(max(1, replicas), why, demanded, dispensable=False, idle_s=load.idle_s)
+    why = Reason.MERGED if present else Reason.STEADY
+    return _Need(0, why, demanded=False, dispensable=True, idle_s=math.inf)
+
+
+def _shape(state: FleetState, now: float, config: ScalerConfig, memory: Memory) -> ShapeMemory:
+    """One pool or two from now on."""
+    mine, prefill = memory.shape, config.prefill
+    if prefill.max == 0 or prefill.min > 0:
+        return ShapeMemory(apart=prefill.max > 0)
+    if mine.apart is None:
+        mine = ShapeMemory(apart=state.prefill.desired > 0)
+    own = _prompt_workers(state, Role.PREFILL, config, memory)
+    local = _prompt_workers(state, Role.DECODE, config, memory)
+    if own is None or local is None:
+        return mine
+    if not state.decode.ready:  # one is on its way: there is nothing to compare with yet
+        return mine if mine.apart or _kept(state, config, memory) else ShapeMemory(apart=True)
+    streams = max(int(_demanded(state)), math.ceil(memory.decode_wanted or 0.0))
+    sizes = Sizes(max(streams, local[0]), config.decode.max, streams, own[0])
+    return reshape(mine, sizes, now, stabilisation_s=prefill.stabilisation_s)
+
+
+def _kept(state: FleetState, config: ScalerConfig, memory: Memory) -> bool:
+    """Whether so few prompts are there that the decode workers there are may keep them."""
+    load, speed = state.prefill_load, _speed(memory, Role.PREFILL)
+    if load.uncached_tokens is None or load.arriving_tokens_per_second is None or not speed:
+        return False
     local = max(1, state.decode.ready)
     share = load.arriving_tokens_per_second / speed / local
     start_s = _start_s(state, Role.PREFILL, config)
     left = load.uncached_tokens / speed / local - (1.0 - share) * start_s
-    kept = share <= config.split_utilisation and left <= config.target_backlog_s
-    if present:
-        dispensable = kept and not demanded
-        return _Need(replicas, why, demanded, dispensable=dispensable, idle_s=load.idle_s)
-    if kept:
-        return _Need(0, Reason.STEADY, demanded=False, dispensable=True, idle_s=load.idle_s)
-    return _Need(max(1, replicas), why, demanded=False, dispensable=False, idle_s=load.idle_s)
+    return share <= config.split_utilisation and left <= config.target_backlog_s
 
 
 def _prompt_workers(
@@ -237,13 +281,15 @@ def _prompt_workers(
     What will have been finished when a worker asked for now is ready is no reason to ask for it, and one
     that works for a shorter time than it takes to start would cost more than it brings. Neither term
     looks at how many workers there are: those on their way need no discount, and a constant load always
-    calls for the same number.
+    calls for the same number. Decode workers that could have help may spend less of their time so.
     """
-    load, speed = state.prefill_load, _speed(memory)
+    load, speed = state.prefill_load, _speed(memory, role)
     if load.uncached_tokens is None or load.arriving_tokens_per_second is None or not speed:
         return None
     arriving = load.arriving_tokens_per_second / speed
-    by_rate = math.ceil(arriving / config.target_utilisation)
+    helped = role is Role.DECODE and config.prefill.max > 0
+    utilisation = config.split_utilisation if helped else config.target_utilisation
+    by_rate = math.ceil(arriving / utilisation)
     start_s = _start_s(state, role, config)
     patience = max(config.target_backlog_s, start_s)
     backlog_s = load.uncached_tokens / speed
@@ -259,8 +305,10 @@ def _start_s(state: FleetState, role: Role, config: ScalerConfig) -> float:
     return config.pool(role).start_s if measured is None else measured
 
 
-def _speed(memory: Memory) -> float | None:
-    speed = memory.tokens_per_second
+def _speed(memory: Memory, role: Role) -> float | None:
+    """Prompt tokens per second of a worker: streams beside it slow a decode worker down."""
+    own, local = memory.tokens_per_second, memory.local_tokens_per_second
+    speed = (own or local) if role is Role.PREFILL else (local or own)
     return max(speed, _SLOWEST) if speed else None
 
 
@@ -307,14 +355,18 @@ def _damped(
     if need.demanded and current == 0 and need.replicas is None:
         return 1, Reason.WAKE, mine
     if need.replicas is None:
-        return current, Reason.MISSING, replace(mine, low_since=None)
+        return current, Reason.MISSING, _no_surplus(mine)
     if need.replicas > current:
         if mine.blocked_until is not None and at.now < mine.blocked_until and current > 0:
             return current, Reason.BLOCKED, mine
-        return need.replicas, need.why, replace(mine, low_since=None, low_peak=0)
+        return need.replicas, need.why, _no_surplus(mine)
     if need.replicas == current and not (current and need.dispensable):
-        return current, Reason.STEADY, replace(mine, low_since=None, low_peak=0)
+        return current, Reason.STEADY, _no_surplus(mine)
     return _shrink(current, need, need.replicas, at, mine)
+
+
+def _no_surplus(mine: PoolMemory) -> PoolMemory:
+    return mine if mine.low_since is None else replace(mine, low_since=None, low_peak=0)
 
 
 def _shrink(
@@ -323,11 +375,12 @@ def _shrink(
     """Fewer would do: only when it has lasted, and to zero only when nobody came at all."""
     since = at.now if mine.low_since is None else mine.low_since
     peak = replicas if mine.low_since is None else max(mine.low_peak, replicas)
-    mine = replace(mine, low_since=since, low_peak=peak)
+    if (since, peak) != (mine.low_since, mine.low_peak):
+        mine = replace(mine, low_since=since, low_peak=peak)
     if mine.changed_at is not None and at.now - mine.changed_at < at.config.cooldown_s:
         return current, Reason.COOLDOWN, mine
     if need.dispensable and _idle(need, at):
-        return 0, Reason.IDLE, mine
+        return 0, Reason.MERGED if need.why is Reason.MERGED else Reason.IDLE, mine
     keep = max(peak, 1)
     if keep >= current:
         return current, Reason.NOT_IDLE if need.dispensable else Reason.STABILISING, mine
@@ -347,19 +400,33 @@ def _idle(need: _Need, at: _Moment) -> bool:
 def _remember(memory: Memory, state: FleetState, now: float, config: ScalerConfig) -> Memory:
     """What this state adds to the averages and to the account."""
     passed = 0.0 if memory.decided_at is None else max(0.0, now - memory.decided_at)
-    memory = _account(memory, state, now)
-    speed = state.prefill_load.tokens_per_second
-    if speed:
-        speed = _average(memory.tokens_per_second, speed, passed, _SPEED_S)
-        memory = replace(memory, tokens_per_second=speed)
-    wanted = _decode_wanted(state, config)
-    if wanted is None:
-        # Without a worker there is nothing to average; an unknown metric leaves what was known.
-        return memory if state.decode.ready else replace(memory, decode_wanted=None)
-    # A replica helps only against what outlasts its start.
-    over_s = _start_s(state, Role.DECODE, config)
-    average = _average(memory.decode_wanted, wanted[0], passed, over_s)
-    return replace(memory, decode_wanted=average, decode_why=str(wanted[1]))
+    began, spent = _account(memory, state, now)
+    load, speed, local = (
+        state.prefill_load,
+        memory.tokens_per_second,
+        memory.local_tokens_per_second,
+    )
+    if load.tokens_per_second and load.tokens_per_second != load.local_tokens_per_second:
+        speed = _average(speed, load.tokens_per_second, passed, _SPEED_S)
+    if load.local_tokens_per_second:
+        local = _average(local, load.local_tokens_per_second, passed, _SPEED_S)
+    # Without a worker there is nothing to average; an unknown metric leaves what was known.
+    average, why = memory.decode_wanted if state.decode.ready else None, memory.decode_why
+    if wanted := _decode_wanted(state, config):
+        # A replica helps only against what outlasts its start.
+        average = _average(average, wanted[0], passed, _start_s(state, Role.DECODE, config))
+        why = str(wanted[1])
+    return replace(
+        memory,
+        started_at=now if memory.started_at is None else memory.started_at,
+        tokens_per_second=speed,
+        local_tokens_per_second=local,
+        decode_wanted=average,
+        decode_why=why,
+        decided_at=now,
+        hour_began=began,
+        hour_spent=spent,
+    )
 
 
 def _average(before: float | None, value: float, passed_s: float, over_s: float) -> float:
@@ -372,21 +439,15 @@ def _average(before: float | None, value: float, passed_s: float, over_s: float)
 # ---- budget
 
 
-def _account(memory: Memory, state: FleetState, now: float) -> Memory:
-    """When we began, and what the fleet has cost this hour."""
+def _account(memory: Memory, state: FleetState, now: float) -> tuple[float, float]:
+    """When this hour began, and what the fleet has cost in it."""
     began = now if memory.hour_began is None else memory.hour_began
     spent, last = memory.hour_spent, now if memory.decided_at is None else memory.decided_at
     running = sum(p.ready + len(p.pending) + p.draining for p in (state.prefill, state.decode))
     if now - began >= _HOUR:
         began += _HOUR * ((now - began) // _HOUR)
         spent, last = 0.0, max(last, began)
-    return replace(
-        memory,
-        started_at=now if memory.started_at is None else memory.started_at,
-        decided_at=now,
-        hour_began=began,
-        hour_spent=spent + running * max(0.0, now - last),
-    )
+    return began, spent + running * max(0.0, now - last)
 
 
 def _afford(targets: Targets, now: float, config: ScalerConfig, memory: Memory) -> Targets:

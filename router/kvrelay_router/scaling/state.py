@@ -38,7 +38,11 @@ class PrefillLoad:
     uncached_tokens: int | None = None
     """Prompt tokens still to compute: waiting, in progress, and those of parked requests."""
     tokens_per_second: float | None = None
-    """Of one worker, measured around the computation itself; None before the first prompt."""
+    """Of one worker, measured around the computation itself; None before the first prompt. Of a decode
+    worker, where no prefill worker has been measured.
+    """
+    local_tokens_per_second: float | None = None
+    """Of one decode worker that computed prompts between the steps of its streams."""
     arriving_tokens_per_second: float | None = None
     """Uncached prompt tokens asked for, averaged over minutes (`meter.DemandMeter`)."""
     idle_s: float | None = None
@@ -99,6 +103,16 @@ class PoolMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class ShapeMemory:
+    """Whether prompts have workers of their own."""
+
+    apart: bool | None = None
+    """None: not decided yet, as after a restart."""
+    other_since: float | None = None
+    """Since when the other shape would take fewer replicas, without a break."""
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Goes into `decide` and comes out of it. The default is that of a scaler just started."""
 
@@ -107,6 +121,9 @@ class Memory:
     started_at: float | None = None
     tokens_per_second: float | None = None
     """Prefill speed of late, averaged; a pool at zero has nobody to measure."""
+    local_tokens_per_second: float | None = None
+    """The same of decode workers."""
+    shape: ShapeMemory = field(default_factory=ShapeMemory)
     decode_wanted: float | None = None
     """Decode workers' worth of streams, averaged over the time of a start."""
     decode_why: str = ""

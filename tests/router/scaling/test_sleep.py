@@ -10,6 +10,7 @@ from kvrelay_router.requests.demand import FleetDemand
 from kvrelay_router.requests.placement import Role
 from kvrelay_router.scaling import FleetState, Memory, PoolConfig, PoolState, ScalerConfig, decide
 from kvrelay_router.scaling import loop as loop_module
+from kvrelay_router.scaling.state import ShapeMemory
 
 from .test_loop import IDLE, WAITING, running, until
 
@@ -156,9 +157,9 @@ def test_a_wake_counts_as_the_start_where_somebody_sleeps():
     # What will be done before another worker has started is not before it has woken up.
     load = prefill_load(uncached_tokens=3000)
     state = fleet(decode=1, prefill_load=load, decode_load=decode_load(1, streams=1, used_blocks=1))
-    slow = decide(state, 0.0, SLEEPING, Memory())
-    quick = decide(replace(state, prefill=pool(0, asleep=1, kept=1, start_s=0.1)), 0.0, SLEEPING,
-                   Memory())  # fmt: skip
+    woken = replace(state, prefill=pool(0, asleep=1, kept=1, start_s=0.1))
+    apart = Memory(shape=ShapeMemory(apart=True))
+    slow, quick = (decide(each, 0.0, SLEEPING, apart) for each in (state, woken))
     assert slow.targets.prefill == 0 < quick.targets.prefill
 
 
