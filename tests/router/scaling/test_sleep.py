@@ -154,13 +154,13 @@ def test_the_time_to_sleep_is_not_negative():
 
 
 def test_a_wake_counts_as_the_start_where_somebody_sleeps():
-    # What will be done before another worker has started is not before it has woken up.
-    load = prefill_load(uncached_tokens=3000)
+    # What will be done before more workers have started is not before they have woken up.
+    load = prefill_load(uncached_tokens=30_000)
     state = fleet(decode=1, prefill_load=load, decode_load=decode_load(1, streams=1, used_blocks=1))
     woken = replace(state, prefill=pool(0, asleep=1, kept=1, start_s=0.1))
     apart = Memory(shape=ShapeMemory(apart=True))
     slow, quick = (decide(each, 0.0, SLEEPING, apart) for each in (state, woken))
-    assert slow.targets.prefill == 0 < quick.targets.prefill
+    assert 0 < slow.targets.prefill < quick.targets.prefill
 
 
 # ---- the loop
