@@ -22,6 +22,9 @@ from tiny_models import reference_chat, tiny_model
 
 from kvrelay import Client, KvrelayClientError
 
+# Its cables are devices that UCX in any other process would see come and go.
+pytestmark = pytest.mark.alone
+
 MODEL = "tiny"
 NEW_TOKENS = 20
 WORDS = 300

@@ -18,6 +18,11 @@ UCX can cancel neither a send nor a matched receive, does not say how long a mes
 unexpected messages without bound, and does not tell a receiver who is sending. Here a cancel before
 READY touches no buffer, and one after it waits for at most `window` pieces.
 
+A connection begins with a HELLO that is long enough for UCX's own rendezvous, and nothing else is said
+before the answer. Only so does UCX tell the other side of its choice of devices before that side makes
+an endpoint of its own: UCX 1.21 aborts a process (wireup.c:1087) that has made one over other devices,
+as two hosts with unlike sets of them do, once a rendezvous begins.
+
 A peer is lost when its endpoint reports an error, when it does not answer the first message in
 time, or when a cancel has to be confirmed and it does not react. Then the endpoint is closed by
 force, which makes UCX give up every piece under way; only after that are buffers called free.
@@ -65,16 +70,19 @@ _CONTROL_BYTES = 8191
 INLINE_BYTES = 8000
 """Messages up to this length travel inside a control message."""
 _POSTED_CONTROLS = 16
+_HELLO_BYTES = 8448
+"""Of a HELLO, padded: more than the RNDV_THRESH of 8192."""
+_POSTED_HELLOS = 8
 _OUT_OF_REACH_S = 2.0
 _ADDRESS = struct.Struct("<4sQQ")
-_ADDRESS_MAGIC = b"KVU1"
+_ADDRESS_MAGIC = b"KVU2"
 _ALL_SENT = MAX_TAG
 
 
 class _Kind(enum.IntEnum):
     """Kinds of control message; `value` and `extra` in brackets."""
 
-    HELLO = 1  # first on every endpoint; payload: address of the sender [endpoint number]
+    HELLO = 1  # alone until WELCOME, on a tag of its own; payload: address of the sender [endpoint number]
     WELCOME = 2  # answer to HELLO
     INLINE = 3  # payload: a whole message [tag]
     ANNOUNCE = 4  # [tag, bytes]; payload: piece size
@@ -106,6 +114,12 @@ class _Peer:
     endpoint: Endpoint
     lost: PeerLost | None = None
     welcomed: bool = False
+    outbox: list[tuple[memoryview, Callable[[Exception | None], None]]] = field(
+        default_factory=list
+    )
+    """Control messages that wait for the welcome."""
+    met: asyncio.Event = field(default_factory=asyncio.Event)
+    """Welcomed, or lost before."""
     their_number: int | None = None
     """Number of the remote's endpoint to us; another one means that it has started over."""
     sends: "dict[int, _Sending]" = field(default_factory=dict)
@@ -201,7 +215,9 @@ class UcxTransport(KVTransport):
         own = self._worker.address
         self._address = _ADDRESS.pack(_ADDRESS_MAGIC, self._ident, self._control_tag) + own
         for _ in range(_POSTED_CONTROLS):
-            self._post_control(memoryview(bytearray(_CONTROL_BYTES)))
+            self._post_control(memoryview(bytearray(_CONTROL_BYTES)), self._control_tag)
+        for _ in range(_POSTED_HELLOS):
+            self._post_control(memoryview(bytearray(_HELLO_BYTES)), _hello_tag(self._control_tag))
         logger.info("UCX transport started over %s", self.chosen)
 
     def _check_required(self, hint: str) -> None:
@@ -507,6 +523,17 @@ class UcxTransport(KVTransport):
             if not remote.endpoint.alive:
                 self._lose(remote, "connection reset")
 
+    def _welcomed(self, remote: _Peer) -> None:
+        """The peer has an endpoint to us: what was to be said to it can go."""
+        remote.welcomed = True
+        remote.met.set()
+        waiting, remote.outbox = remote.outbox, []
+        for view, done in waiting:
+            if remote.lost is None:
+                self._require_worker().send(remote.endpoint, remote.control_tag, view, done)
+            else:
+                done(remote.lost)
+
     def _lose(self, remote: _Peer, reason: str) -> None:
         """Drop a peer: everything under way with it ends, as soon as UCX has let go of it."""
         if remote.lost is not None:
@@ -527,6 +554,10 @@ class UcxTransport(KVTransport):
         for flush in remote.flushes.values():
             if not flush.done():
                 flush.set_result(None)
+        remote.met.set()
+        waiting, remote.outbox = remote.outbox, []
+        for _view, done in waiting:
+            done(remote.lost)
         self._require_worker().kick()
 
     # -- control messages
@@ -553,7 +584,14 @@ class UcxTransport(KVTransport):
                 on_done(error)
 
         view = memoryview(head + payload)
-        self._require_worker().send(remote.endpoint, remote.control_tag, view, done)
+        if kind == _Kind.HELLO:
+            view = memoryview(bytes(view).ljust(_HELLO_BYTES, b"\0"))
+            tag = _hello_tag(remote.control_tag)
+            self._require_worker().send(remote.endpoint, tag, view, done)
+        elif remote.welcomed:
+            self._require_worker().send(remote.endpoint, remote.control_tag, view, done)
+        else:
+            remote.outbox.append((view, done))
 
     async def _say_and_wait(
         self, remote: _Peer, kind: _Kind, *, value: int, payload: bytes
@@ -571,17 +609,17 @@ class UcxTransport(KVTransport):
         self._say(remote, kind, next(self._numbers), value, payload=payload, on_done=done)
         await sent
 
-    def _post_control(self, view: memoryview) -> None:
+    def _post_control(self, view: memoryview, tag: int) -> None:
         def done(error: Exception | None) -> None:
-            if error is not None:
-                return  # cancelled by close
             try:
-                self._on_control(view)
+                if error is None:
+                    self._on_control(view)
             finally:
-                if not self._closing or self._peers:
-                    self._post_control(view)
+                # With an error: cancelled by close, or a HELLO whose sender died while it was moved.
+                if not self._closing or (self._peers and error is None):
+                    self._post_control(view, tag)
 
-        self._require_worker().receive(self._control_tag, view, done)
+        self._require_worker().receive(tag, view, done)
 
     def _on_control(self, view: memoryview) -> None:
         magic, kind, size, ident, number, value, extra = _CONTROL.unpack_from(view)
@@ -597,7 +635,7 @@ class UcxTransport(KVTransport):
             # Sent before it noticed that we dropped the connection; it will be told of that.
             logger.debug("a control message of an unknown peer was ignored")
             return
-        remote.welcomed = True
+        self._welcomed(remote)
         self._dispatch(remote, _Control(_Kind(kind), number, value, extra, payload))
 
     def _dispatch(self, remote: _Peer, said: _Control) -> None:
@@ -654,7 +692,7 @@ class UcxTransport(KVTransport):
                 logger.warning("a peer can't be reached back: %s", error)
                 return
         remote.their_number = number
-        remote.welcomed = True
+        self._welcomed(remote)
         self._say(remote, _Kind.WELCOME)
 
     # -- the end
@@ -679,6 +717,8 @@ class UcxTransport(KVTransport):
     async def _drain(self, peers: list[_Peer]) -> None:
         """Wait for what is under way, then for every peer's word that all of it arrived."""
         for remote in peers:
+            if remote.outbox:
+                await remote.met.wait()
             for incoming in list(remote.incoming.values()):
                 await incoming.receive.settled()
             for sending in list(remote.sends.values()):
@@ -721,3 +761,8 @@ class UcxTransport(KVTransport):
 
 
 _KINDS = frozenset(_Kind)
+
+
+def _hello_tag(control_tag: int) -> int:
+    """Where a transport with this control tag takes a HELLO."""
+    return control_tag ^ 1
