@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 
 from kvrelay.cli.preflight import (
@@ -12,7 +13,7 @@ from kvrelay.cli.preflight import (
     transport_uri,
 )
 from kvrelay.cli.settings import own_thread_setting, set_threads
-from kvrelay.cli.weight_source import open_weights
+from kvrelay.cli.weight_source import join_config, open_weights
 from kvrelay_infra.host import count_gpus, read_cores
 from kvrelay_protocol.errors import DeviceUnavailable, UsageError
 from kvrelay_protocol.model_files import resolve_model
@@ -84,20 +85,10 @@ def run_worker(role: str, values: SimpleNamespace) -> int:
     set_threads(threads)
     check_transport(values)
 
-    from kvrelay_engine.runtime.config import WorkerConfig
-
-    config = WorkerConfig(
-        name=name,
-        model_dir=model.directory,
-        model_name=values.served_model_name or model.name,
+    config = replace(
+        join_config(name, model, values),
         weights=weights,
         share_weights=values.share_weights,
-        router=values.join,
-        join_token=values.join_token,
-        router_ca=values.router_ca,
-        router_cert=values.router_cert,
-        router_key=values.router_key,
-        router_name=values.router_name or "",
         device=resolve_device(values.device),
         dtype=values.dtype,
         quantization=values.quantization,

@@ -48,7 +48,7 @@ def _finder(role: str, name: str, model: ModelFiles, values: SimpleNamespace) ->
         from kvrelay_transfer.weights.client import UNHURRIED, Patience, PeerReader
 
         uri = transport_uri(values)
-        config = _join_config(name, model, values)
+        config = join_config(name, model, values)
         search = WeightSearch(
             config.routers,
             join_tls(config),
@@ -76,7 +76,7 @@ def _finder(role: str, name: str, model: ModelFiles, values: SimpleNamespace) ->
     return find
 
 
-def _join_config(name: str, model: ModelFiles, values: SimpleNamespace) -> "WorkerConfig":
+def join_config(name: str, model: ModelFiles, values: SimpleNamespace) -> "WorkerConfig":
     """As much of the worker's settings as it takes to dial its routers."""
     from kvrelay_engine.runtime.config import WorkerConfig
 
